@@ -1,0 +1,1 @@
+"""Facts about the data: rows, their tokens, and which of them are trained."""

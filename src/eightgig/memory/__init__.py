@@ -1,0 +1,1 @@
+"""Decisions: pure arithmetic over model, machine and settings. No torch, no transformers."""

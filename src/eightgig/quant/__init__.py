@@ -1,0 +1,1 @@
+"""NF4 and the store of prepared weights."""

@@ -78,6 +78,8 @@ class DecoderSpec:
         tie_word_embeddings: The head is the token embedding.
         max_positions: Longest context the model was made for.
         has_experts: Mixture of experts (26B-A4B); parsed, not trained yet.
+        num_experts, num_active_experts: Experts of a layer, and those a token passes.
+        expert_size: F of one expert.
     """
 
     hidden_size: int
@@ -98,6 +100,9 @@ class DecoderSpec:
     tie_word_embeddings: bool
     max_positions: int
     has_experts: bool = False
+    num_experts: int = 0
+    num_active_experts: int = 0
+    expert_size: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -158,3 +163,19 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     quantization: Literal["bnb_4bit"] | None = None
     license: str | None = None
+
+
+def linear_shapes(decoder: DecoderSpec, layer: LayerSpec) -> dict[str, tuple[int, int]]:
+    """Shapes (out, in) of the layer's adaptable linears, in the order they are stored."""
+    query_size = layer.num_heads * layer.head_dim
+    kv_size = layer.num_kv_heads * layer.head_dim
+    shapes = {"q_proj": (query_size, decoder.hidden_size)}
+    if layer.has_k_proj:
+        shapes["k_proj"] = (kv_size, decoder.hidden_size)
+    if layer.has_v_proj:
+        shapes["v_proj"] = (kv_size, decoder.hidden_size)
+    shapes["o_proj"] = (decoder.hidden_size, query_size)
+    shapes["gate_proj"] = (layer.intermediate_size, decoder.hidden_size)
+    shapes["up_proj"] = (layer.intermediate_size, decoder.hidden_size)
+    shapes["down_proj"] = (decoder.hidden_size, layer.intermediate_size)
+    return shapes

@@ -1,0 +1,1 @@
+"""The adapter: its layout in memory and on disk."""

@@ -1,0 +1,1 @@
+"""The decoder: one layer forward and backward, and the stack of them."""

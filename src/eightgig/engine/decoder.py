@@ -1,0 +1,388 @@
+"""One decoder layer, forward and backward, for every dense family; described by data.
+
+A visit recomputes what the backward pass needs from the layer's input, so nothing but that input
+(and, where the plan says so, chosen outputs) waits between the two passes. The MLP half runs in
+tiles of tokens, since its intermediate is the largest activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eightgig.adapters.lora import GroupMasters
+from eightgig.engine.batch import MicroBatch
+from eightgig.engine.linear import Dropout, GroupWeight
+from eightgig.models.spec import DecoderSpec, LayerSpec
+from eightgig.ops.choose import Ops
+from eightgig.ops.reference import HeadLayout
+
+Attend = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerWeights:
+    """The weights of one layer while it is visited; views of a slot and of scratch.
+
+    Attributes:
+        groups: By name: `qkv`, `o`, `gate_up`, `down`.
+        dense: By short name: norms (float32), `layer_scalar` (0-d float32), and in the compute
+            dtype `qkv_bias`, `ple_gate`, `ple_projection`.
+    """
+
+    groups: Mapping[str, GroupWeight]
+    dense: Mapping[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class AttentionSaved:
+    """What the backward of the attention half needs, recomputed in the same visit."""
+
+    normed: Tensor
+    qkv: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attended: Tensor
+    lse: Tensor
+    projected: Tensor
+
+
+@dataclass(kw_only=True)
+class MlpSaved:
+    """What the backward of the MLP half needs, for one tile."""
+
+    normed: Tensor
+    gate_up: Tensor
+    product: Tensor
+    projected: Tensor
+    ple_input: Tensor | None = None
+    ple_gate: Tensor | None = None
+    ple_product: Tensor | None = None
+    ple_projected: Tensor | None = None
+
+
+class DecoderLayer:
+    """The computation of one layer.
+
+    Args:
+        decoder: The stack it belongs to.
+        layer: Which layer.
+        ops: Fast or plain operations.
+        mlp_tile_tokens: Tokens per tile of the MLP.
+        dropout: Share of adapter inputs dropped in training.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderSpec,
+        layer: LayerSpec,
+        ops: Ops,
+        *,
+        mlp_tile_tokens: int,
+        dropout: float,
+    ) -> None:
+        self.spec = layer
+        self.heads = HeadLayout(
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            has_k=layer.has_k_proj,
+            has_v=layer.has_v_proj,
+            norms_v=decoder.has_v_norm and layer.has_k_proj,
+        )
+        self.rotary_key = rotary_key(layer)
+        self._decoder = decoder
+        self._ops = ops
+        self._eps = decoder.rms_norm_eps
+        self._tile = mlp_tile_tokens
+        self._dropout = dropout
+        self._is_shared = any(other.kv_source == layer.index for other in decoder.layers)
+
+    def forward(
+        self, weights: LayerWeights, hidden: Tensor, batch: MicroBatch, attend: Attend | None = None
+    ) -> Tensor:
+        """The layer's output, (N, D).
+
+        Args:
+            weights: Of this visit.
+            hidden: The layer's input, (N, D).
+            batch: The micro-batch.
+            attend: Replaces attention over the micro-batch, called with (q, k, v, out): used
+                with a KV cache.
+        """
+        hidden = self._attention_forward(weights, hidden, batch, attend)[0]
+        out = torch.empty_like(hidden)
+        for tile in self._tiles(batch):
+            out[tile] = self._mlp_forward(weights, hidden[tile], batch, tile)[0]
+        return out
+
+    def backward(
+        self,
+        weights: LayerWeights,
+        hidden: Tensor,
+        grad: Tensor,
+        batch: MicroBatch,
+        grads: Mapping[str, GroupMasters],
+    ) -> Tensor:
+        """The gradient of the layer's input, (N, D).
+
+        Args:
+            weights: Of this visit.
+            hidden: The layer's input, (N, D).
+            grad: Gradient of its output, (N, D).
+            batch: The micro-batch; gradients of shared K and V are added to it.
+            grads: float32 sums of the adapter's gradients, by group; added to.
+        """
+        middle, saved = self._attention_forward(weights, hidden, batch, None)
+        grad_middle = torch.empty_like(middle)
+        for tile in self._tiles(batch):
+            grad_middle[tile] = self._mlp_backward(
+                weights, middle[tile], grad[tile], batch, tile, grads
+            )
+        del middle
+        return self._attention_backward(weights, hidden, grad_middle, batch, saved, grads)
+
+    def _tiles(self, batch: MicroBatch) -> list[slice]:
+        """The tokens in tiles of equal size, as near to the planned one as that allows."""
+        count = -(-batch.num_tokens // self._tile)
+        size = -(-batch.num_tokens // count)
+        return [
+            slice(at, min(at + size, batch.num_tokens)) for at in range(0, batch.num_tokens, size)
+        ]
+
+    def _dropout_of(self, batch: MicroBatch, tile: slice | None = None) -> Dropout | None:
+        if batch.row_keys is None or not self._dropout:
+            return None
+        keys = batch.row_keys if tile is None else batch.row_keys[tile]
+        return Dropout(p=self._dropout, row_keys=keys, layer=self.spec.index)
+
+    def _attention_forward(
+        self, weights: LayerWeights, hidden: Tensor, batch: MicroBatch, attend: Attend | None
+    ) -> tuple[Tensor, AttentionSaved]:
+        ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch)
+        qkv_weight, o_weight = weights.groups["qkv"], weights.groups["o"]
+        cos, sin = batch.rotary[self.rotary_key]
+        normed = qkv_weight.new_input(batch.num_tokens)
+        ops.rms_norm(hidden, dense["input_norm"], self._eps, out=normed[:, : hidden.shape[1]])
+        qkv = qkv_weight.forward(normed, dropout)
+        if "qkv_bias" in dense:
+            qkv += dense["qkv_bias"]
+        q, k, v = ops.qkv_norm_rope(
+            qkv, self.heads, dense.get("q_norm"), dense.get("k_norm"), cos, sin, self._eps
+        )
+        if self.spec.kv_source is not None and attend is None:
+            k, v = batch.shared_kv[self.spec.kv_source]
+        elif self._is_shared and k is not None and v is not None:
+            batch.shared_kv[self.spec.index] = (k, v)
+        attended = o_weight.new_input(batch.num_tokens)
+        out = attended[:, : self.heads.query_size].view(q.shape)
+        lse = self._attend(q, k, v, out, batch, attend)
+        projected = o_weight.forward(attended, dropout)
+        middle = ops.residual_norm(hidden, projected, dense.get("post_attention_norm"), self._eps)
+        if attend is not None:
+            k = v = q  # a KV cache keeps its own; nothing is saved for a backward
+        assert k is not None and v is not None
+        saved = AttentionSaved(
+            normed=normed, qkv=qkv, q=q, k=k, v=v, attended=attended, lse=lse, projected=projected
+        )
+        return middle, saved
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        out: Tensor,
+        batch: MicroBatch,
+        attend: Attend | None,
+    ) -> Tensor:
+        if attend is not None:
+            attend(q, k, v, out)
+            return q
+        _, lse = self._ops.attention(
+            q,
+            k,
+            v,
+            batch.cu_seqlens,
+            batch.max_length,
+            self._decoder.attention_scale,
+            self.spec.sliding_window,
+            out=out,
+        )
+        return lse
+
+    def _attention_backward(
+        self,
+        weights: LayerWeights,
+        hidden: Tensor,
+        grad: Tensor,
+        batch: MicroBatch,
+        saved: AttentionSaved,
+        grads: Mapping[str, GroupMasters],
+    ) -> Tensor:
+        ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch)
+        qkv_weight, o_weight = weights.groups["qkv"], weights.groups["o"]
+        grad_projected = o_weight.new_grad(batch.num_tokens)
+        grad_residual, _ = ops.residual_norm_backward(
+            grad,
+            saved.projected,
+            dense.get("post_attention_norm"),
+            self._eps,
+            out=grad_projected[:, : hidden.shape[1]],
+        )
+        grad_out = o_weight.backward(grad_projected, saved.attended, grads["o"], dropout)
+        del grad_projected
+        grad_q, grad_k, grad_v = ops.attention_backward(
+            grad_out.view(saved.q.shape),
+            saved.q,
+            saved.k,
+            saved.v,
+            saved.attended[:, : self.heads.query_size].view(saved.q.shape),
+            saved.lse,
+            batch.cu_seqlens,
+            batch.max_length,
+            self._decoder.attention_scale,
+            self.spec.sliding_window,
+        )
+        del grad_out
+        own_k, own_v = self._share_kv_grads(batch, grad_k, grad_v)
+        grad_qkv = qkv_weight.new_grad(batch.num_tokens)
+        cos, sin = batch.rotary[self.rotary_key]
+        ops.qkv_norm_rope_backward(
+            grad_q,
+            own_k,
+            own_v,
+            saved.qkv,
+            self.heads,
+            dense.get("q_norm"),
+            dense.get("k_norm"),
+            cos,
+            sin,
+            self._eps,
+            out=grad_qkv[:, : self.heads.width],
+        )
+        grad_normed = qkv_weight.backward(grad_qkv, saved.normed, grads["qkv"], dropout)
+        return ops.rms_norm_backward(
+            grad_normed, hidden, dense["input_norm"], self._eps, add=grad_residual
+        )
+
+    def _share_kv_grads(
+        self, batch: MicroBatch, grad_k: Tensor, grad_v: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Hand gradients of K and V to the layer that made them, or take what was handed on."""
+        source = self.spec.kv_source
+        if source is not None:
+            given = batch.shared_kv_grads.get(source)
+            if given is None:
+                batch.shared_kv_grads[source] = (grad_k.float(), grad_v.float())
+            else:
+                given[0].add_(grad_k)
+                given[1].add_(grad_v)
+            return None, None
+        taken = batch.shared_kv_grads.pop(self.spec.index, None)
+        if taken is not None:
+            return taken[0].add_(grad_k).to(grad_k.dtype), taken[1].add_(grad_v).to(grad_v.dtype)
+        return grad_k, grad_v
+
+    def _mlp_forward(
+        self, weights: LayerWeights, hidden: Tensor, batch: MicroBatch, tile: slice
+    ) -> tuple[Tensor, MlpSaved]:
+        ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch, tile)
+        gate_up_weight, down_weight = weights.groups["gate_up"], weights.groups["down"]
+        width = self.spec.intermediate_size
+        normed = gate_up_weight.new_input(len(hidden))
+        ops.rms_norm(hidden, dense["pre_mlp_norm"], self._eps, out=normed[:, : hidden.shape[1]])
+        gate_up = gate_up_weight.forward(normed, dropout)
+        product = down_weight.new_input(len(hidden))
+        ops.glu(
+            gate_up[:, :width],
+            gate_up[:, width:],
+            self._decoder.activation,
+            out=product[:, :width],
+        )
+        projected = down_weight.forward(product, dropout)
+        saved = MlpSaved(normed=normed, gate_up=gate_up, product=product, projected=projected)
+        norm, scalar = dense.get("post_mlp_norm"), dense.get("layer_scalar")
+        if batch.ple is None:
+            return ops.residual_norm(hidden, projected, norm, self._eps, scalar=scalar), saved
+        middle = ops.residual_norm(hidden, projected, norm, self._eps)
+        saved.ple_input = batch.ple[tile, self.spec.index]
+        saved.ple_gate = torch.mm(middle.to(projected.dtype), dense["ple_gate"].t())
+        saved.ple_product = ops.glu(saved.ple_gate, saved.ple_input, self._decoder.activation)
+        saved.ple_projected = torch.mm(saved.ple_product, dense["ple_projection"].t())
+        out = ops.residual_norm(
+            middle, saved.ple_projected, dense["ple_norm"], self._eps, scalar=scalar
+        )
+        return out, saved
+
+    def _mlp_backward(
+        self,
+        weights: LayerWeights,
+        hidden: Tensor,
+        grad: Tensor,
+        batch: MicroBatch,
+        tile: slice,
+        grads: Mapping[str, GroupMasters],
+    ) -> Tensor:
+        _, saved = self._mlp_forward(weights, hidden, batch, tile)
+        ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch, tile)
+        gate_up_weight, down_weight = weights.groups["gate_up"], weights.groups["down"]
+        width, scalar = self.spec.intermediate_size, dense.get("layer_scalar")
+        if saved.ple_gate is not None:
+            grad = self._ple_backward(dense, grad, saved)
+            scalar = None
+        grad_projected = down_weight.new_grad(len(hidden))
+        grad_residual, _ = ops.residual_norm_backward(
+            grad,
+            saved.projected,
+            dense.get("post_mlp_norm"),
+            self._eps,
+            scalar=scalar,
+            out=grad_projected[:, : hidden.shape[1]],
+        )
+        grad_product = down_weight.backward(grad_projected, saved.product, grads["down"], dropout)
+        del grad_projected
+        grad_gate_up = gate_up_weight.new_grad(len(hidden))
+        ops.glu_backward(
+            saved.gate_up[:, :width],
+            saved.gate_up[:, width:],
+            grad_product,
+            self._decoder.activation,
+            out_gate=grad_gate_up[:, :width],
+            out_up=grad_gate_up[:, width : 2 * width],
+        )
+        del grad_product
+        grad_normed = gate_up_weight.backward(grad_gate_up, saved.normed, grads["gate_up"], dropout)
+        return ops.rms_norm_backward(
+            grad_normed, hidden, dense["pre_mlp_norm"], self._eps, add=grad_residual
+        )
+
+    def _ple_backward(self, dense: Mapping[str, Tensor], grad: Tensor, saved: MlpSaved) -> Tensor:
+        """Gradient of what enters the per-layer embedding block, (T, D)."""
+        ops = self._ops
+        assert saved.ple_gate is not None
+        grad_residual, grad_projected = ops.residual_norm_backward(
+            grad,
+            saved.ple_projected,
+            dense["ple_norm"],
+            self._eps,
+            scalar=dense.get("layer_scalar"),
+        )
+        projection = dense["ple_projection"]
+        grad_product = torch.mm(grad_projected.to(projection.dtype), projection)
+        grad_gate, _ = ops.glu_backward(
+            saved.ple_gate, saved.ple_input, grad_product, self._decoder.activation
+        )
+        through_gate = torch.mm(grad_gate, dense["ple_gate"])
+        return grad_residual + through_gate.to(grad_residual.dtype)
+
+
+def rotary_key(layer: LayerSpec) -> tuple[object, ...]:
+    """What layers with the same angles have in common."""
+    rope = layer.rope
+    parameters = tuple(sorted((key, str(value)) for key, value in rope.parameters.items()))
+    return (rope.kind, rope.theta, rope.partial_factor, layer.head_dim, parameters)

@@ -1,0 +1,110 @@
+"""Where the adapter's gradients are summed, layer by layer.
+
+With the optimizer on the device, or on a CPU, they are summed in place. With the optimizer on the
+host, a layer's gradients are summed in one of two device buffers during its visit and then copied
+to pinned memory beside the computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from eightgig.adapters.lora import GroupMasters, LinearGroup, split_masters
+
+
+class Gradients:
+    """float32 sums of the adapter's gradients, one flat run per layer, laid out as the masters.
+
+    Args:
+        layers: Groups of every layer.
+        device: Where layers compute.
+        place: Where the optimizer reads the sums.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[LinearGroup]],
+        *,
+        device: torch.device,
+        place: torch.device,
+    ) -> None:
+        self._layers = tuple(tuple(groups) for groups in layers)
+        sizes = [sum(group.master_size for group in groups) for groups in self._layers]
+        is_pinned = place.type == "cpu" and device.type == "cuda"
+        whole = torch.zeros(sum(sizes), dtype=torch.float32, device=place, pin_memory=is_pinned)
+        self.sums: list[Tensor] = list(whole.split(sizes))
+        self._whole = whole
+        self._lane = _CopyLane(device, max(sizes)) if is_pinned else None
+        self._arrived: list[torch.cuda.Event | None] = [None] * len(sizes)
+        self._views = [
+            split_masters(run, groups) for run, groups in zip(self.sums, self._layers, strict=True)
+        ]
+        self._is_empty = True
+
+    def begin_step(self) -> None:
+        """Start from zero."""
+        self._is_empty = True
+        if self._lane is None:
+            self._whole.zero_()
+
+    def end_group(self) -> None:
+        """Say that every layer has been visited once; further visits add."""
+        self._is_empty = False
+
+    def open(self, layer: int) -> Mapping[str, GroupMasters]:
+        """Views to add the gradients of `layer` to, by group name."""
+        if self._lane is None:
+            return self._views[layer]
+        earlier, arrived = None, self._arrived[layer]
+        if not self._is_empty and arrived is not None:
+            arrived.wait()
+            earlier = self.sums[layer]
+        return split_masters(
+            self._lane.take(self.sums[layer].numel(), earlier), self._layers[layer]
+        )
+
+    def close(self, layer: int) -> None:
+        """End the visit of `layer`: its sums start on their way to the optimizer."""
+        if self._lane is not None:
+            self._arrived[layer] = self._lane.send(self.sums[layer])
+
+    def wait(self, layer: int) -> Tensor:
+        """The sums of `layer`, once they have arrived; blocks the calling thread."""
+        event = self._arrived[layer]
+        if event is not None:
+            event.synchronize()
+        return self.sums[layer]
+
+
+class _CopyLane:
+    """Two device buffers in turn, emptied by a stream of their own."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self._buffers = [torch.zeros(size, device=device) for _ in "ab"]
+        self._sent: list[torch.cuda.Event | None] = [None, None]
+        self._stream = torch.cuda.Stream(device)
+        self._device = device
+        self._current = 0
+
+    def take(self, size: int, earlier: Tensor | None) -> Tensor:
+        sent = self._sent[self._current]
+        if sent is not None:
+            sent.wait()
+        run = self._buffers[self._current][:size]
+        if earlier is None:
+            return run.zero_()
+        return run.copy_(earlier, non_blocking=True)
+
+    def send(self, target: Tensor) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            source = self._buffers[self._current][: target.numel()]
+            target.copy_(source, non_blocking=True)
+            event.record(self._stream)
+        self._sent[self._current] = event
+        self._current = 1 - self._current
+        return event

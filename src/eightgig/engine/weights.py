@@ -1,0 +1,187 @@
+"""A layer's weights for one visit: dequantised into scratch, the rest read in its slot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eightgig.adapters.lora import LinearGroup, split_compute
+from eightgig.engine.decoder import LayerWeights
+from eightgig.engine.linear import GroupWeight
+from eightgig.models.spec import ATTENTION_LINEARS, MLP_LINEARS
+from eightgig.ops.choose import Ops
+from eightgig.quant.manifest import StoredBlob, StoredTensor
+from eightgig.quant.nf4 import dense_view, dequantize
+
+_BIASES = ("q_bias", "k_bias", "v_bias")
+_MATRICES = ("ple_gate", "ple_projection")
+_GROUP_MULTIPLE = 128  # elements: groups start at a multiple of 256 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """Views of one slot while one layer is in it; made once, since slots do not move.
+
+    Attributes:
+        weights: What the layer computes with.
+        linears: Each stored linear and its rows of scratch.
+        copies: (target, source): adapter parts into scratch, and dense tensors into the compute
+            dtype.
+    """
+
+    weights: LayerWeights
+    linears: tuple[tuple[StoredTensor, Tensor], ...]
+    copies: tuple[tuple[Tensor, Tensor], ...]
+
+
+class WeightReader:
+    """Opens slots: dequantises linears into one scratch buffer that all layers share.
+
+    Args:
+        blobs: Formats of the layers.
+        groups: Linear groups of each layer.
+        scale: alpha / r of the adapter.
+        ops: Fast or plain operations.
+        code_tables: Quantisation tables on the device.
+        dtype: Compute dtype.
+        device: Where the slots are.
+    """
+
+    def __init__(
+        self,
+        blobs: Sequence[StoredBlob],
+        groups: Sequence[Sequence[LinearGroup]],
+        *,
+        scale: float,
+        ops: Ops,
+        code_tables: dict[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._blobs = tuple(blobs)
+        self._groups = tuple(tuple(layer) for layer in groups)
+        self._scale = scale
+        self._ops = ops
+        self._code_tables = code_tables
+        self._scratch = torch.empty(
+            max(scratch_size(layer) for layer in self._groups), dtype=dtype, device=device
+        )
+        self._opened: dict[tuple[int, int, bool], _Opened] = {}
+
+    def open(self, slot: Tensor, layer: int, adapter: Tensor | None) -> LayerWeights:
+        """The weights of `layer`, whose blob is in `slot`.
+
+        They are valid until the next call.
+
+        Args:
+            slot: (slot_bytes,) uint8 that starts with the layer's blob.
+            layer: Its index.
+            adapter: The layer's compute copy, flat in the compute dtype; None without adapter.
+        """
+        key = (slot.data_ptr(), layer, adapter is not None)
+        opened = self._opened.get(key)
+        if opened is None:
+            opened = self._opened[key] = self._make(slot, layer, adapter)
+        for stored, rows in opened.linears:
+            self._read(slot, stored, rows)
+        for target, source in opened.copies:
+            target.copy_(source)
+        return opened.weights
+
+    def close(self) -> None:
+        """Drop every view and the scratch buffer."""
+        self._opened.clear()
+        self._scratch = self._scratch.new_empty(0)
+
+    def _read(self, slot: Tensor, stored: StoredTensor, rows: Tensor) -> None:
+        kernel = self._ops.dequantize
+        if kernel is None or stored.format == "dense":
+            dequantize(slot, stored, self._code_tables, out=rows)
+            return
+        nested = stored.nested
+        start, count = stored.absmax_offset_bytes, stored.absmax_count
+        if nested is None:
+            absmax = slot[start : start + 4 * count].view(torch.float32)
+            kernel(
+                slot[stored.offset_bytes : stored.offset_bytes + stored.size_bytes],
+                absmax,
+                None,
+                0.0,
+                stored.block_size,
+                0,
+                self._code_tables[stored.code_table],
+                None,
+                out=rows,
+            )
+            return
+        kernel(
+            slot[stored.offset_bytes : stored.offset_bytes + stored.size_bytes],
+            slot[start : start + count],
+            slot[nested.offset_bytes : nested.offset_bytes + 4 * nested.count].view(torch.float32),
+            nested.mean,
+            stored.block_size,
+            nested.block_size,
+            self._code_tables[stored.code_table],
+            self._code_tables[nested.code_table],
+            out=rows,
+        )
+
+    def _make(self, slot: Tensor, layer: int, adapter: Tensor | None) -> _Opened:
+        groups, stored = self._groups[layer], self._blobs[layer].tensors
+        compute = split_compute(adapter, groups) if adapter is not None else {}
+        weights: dict[str, GroupWeight] = {}
+        linears: list[tuple[StoredTensor, Tensor]] = []
+        copies: list[tuple[Tensor, Tensor]] = []
+        start = 0
+        for group in groups:
+            rows, columns = group.out_size + group.rank_size, group.in_size + group.rank_size
+            scratch = self._scratch[start : start + rows * columns].view(rows, columns)
+            start += _rounded(rows * columns)
+            targets = scratch[:, : group.in_size]
+            linears += [(stored[linear.name], targets[linear.out_rows]) for linear in group.linears]
+            parts = compute.get(group.name) if group.rank_size else None
+            if parts is not None:
+                copies.append((scratch[: group.out_size, group.in_size :], parts.b))
+                copies.append((scratch[group.out_size :, : group.in_size], parts.a))
+            weights[group.name] = GroupWeight(group, scratch, parts, self._scale, self._ops)
+        dense = self._dense(slot, stored, copies)
+        return _Opened(LayerWeights(groups=weights, dense=dense), tuple(linears), tuple(copies))
+
+    def _dense(
+        self,
+        slot: Tensor,
+        stored: Mapping[str, StoredTensor],
+        copies: list[tuple[Tensor, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Norms as they are, in float32; what enters a GEMM in the compute dtype."""
+        dense: dict[str, Tensor] = {}
+        for name, tensor in stored.items():
+            if name in ATTENTION_LINEARS + MLP_LINEARS or name in _BIASES:
+                continue
+            view = dense_view(slot, tensor)
+            if name in _MATRICES and view.dtype != self._scratch.dtype:
+                dense[name] = torch.empty_like(view, dtype=self._scratch.dtype)
+                copies.append((dense[name], view))
+            else:
+                dense[name] = view
+        biases = [dense_view(slot, stored[name]) for name in _BIASES if name in stored]
+        if biases:
+            sizes = [len(bias) for bias in biases]
+            dense["qkv_bias"] = self._scratch.new_empty(sum(sizes))
+            copies.extend(zip(dense["qkv_bias"].split(sizes), biases, strict=True))
+        return dense
+
+
+def scratch_size(groups: Sequence[LinearGroup]) -> int:
+    """Elements of scratch that one layer takes; each group starts at an aligned place."""
+    sizes = [
+        (group.out_size + group.rank_size) * (group.in_size + group.rank_size) for group in groups
+    ]
+    return sum(_rounded(size) for size in sizes)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _GROUP_MULTIPLE) * _GROUP_MULTIPLE

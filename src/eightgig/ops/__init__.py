@@ -1,0 +1,1 @@
+"""Operations: plain definitions, and fast versions that are compared with them."""

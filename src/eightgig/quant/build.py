@@ -1,0 +1,411 @@
+"""Preparing a store: checkpoint in, one file per decoder layer out, finished files kept.
+
+Each file is written beside its place, flushed and renamed, the manifest last: a store without one
+is unfinished and is gone on with. At any time one tensor and one layer are in memory; the
+checkpoint itself is mapped.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import filelock
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from eightgig.errors import ConfigError, DoesNotFitError, RunError
+from eightgig.models.checkpoint import other_tensor_names
+from eightgig.models.layout import other_tensor_shapes
+from eightgig.models.read import WEIGHT_DTYPES
+from eightgig.models.spec import ModelSpec, linear_shapes
+from eightgig.quant.four_bit import FourBitTensor
+from eightgig.quant.layout import Quantization, layer_layout, stored_dtype
+from eightgig.quant.manifest import FORMAT_VERSION, Manifest, StoredBlob, StoredTable, StoredTensor
+from eightgig.quant.mapping import write_parts
+from eightgig.quant.nf4 import (
+    DYNAMIC_TABLE,
+    NF4_CODE,
+    NF4_TABLE,
+    dense_view,
+    dtype_of,
+    dynamic_map,
+    quantize_nf4,
+    write_quantized,
+)
+from eightgig.quant.parts import (
+    OTHER_FILE,
+    Part,
+    download_peak_bytes,
+    file_bytes,
+    in_download_order,
+    needed_files,
+    own_tables,
+    store_key,
+    store_parts,
+    table_header,
+    weight_bytes,
+)
+from eightgig.quant.source import CheckpointSource
+from eightgig.run import from_json, write_json
+from eightgig.units import format_bytes
+
+MANIFEST_FILE = "manifest.json"
+
+Progress = Callable[[int, int], None]
+
+_TABLE_SLICE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Download:
+    """A checkpoint that is fetched file by file and deleted again.
+
+    Attributes:
+        folder: Where the files appear: the hub's snapshot folder of one commit.
+        fetch: Makes one file, by its name in the folder, be there; returns when it is.
+        delete: Removes one file and gives its space back.
+    """
+
+    folder: Path
+    fetch: Callable[[str], None]
+    delete: Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedLayer:
+    """What is written beside a layer's file when it is complete."""
+
+    blob: StoredBlob
+    code_tables: Mapping[str, tuple[float, ...]]
+
+
+def prepare_store(
+    spec: ModelSpec,
+    checkpoint: Path | Download,
+    *,
+    cache_dir: Path,
+    quantization: Quantization = "nf4",
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Path:
+    """Build the store of a model, or what is missing of it.
+
+    Args:
+        spec: The model, with the tensors of its checkpoint.
+        checkpoint: Its folder, or how to get it file by file; then the store holds the tables, too.
+        cache_dir: Folder of all stores.
+        quantization: How linears are kept. Those that the checkpoint holds in 4 bit stay as they
+            are; with `none` its dense ones stay dense.
+        device: Where to quantise.
+        progress: Called with the bytes of the checkpoint that are done and all of them; the first
+            call says what an earlier attempt had done.
+
+    Returns:
+        The store's folder.
+
+    Raises:
+        DoesNotFitError: The disk has not enough room; nothing was written.
+        RunError: Another process is preparing this store.
+        ConfigError: `cache_dir` cannot be written.
+        ModelError: The checkpoint lacks a tensor or is damaged.
+    """
+    copies_tables = isinstance(checkpoint, Download)
+    source_folder = checkpoint.folder if isinstance(checkpoint, Download) else checkpoint
+    key = store_key(spec, source_folder, quantization, copies_tables=copies_tables)
+    folder = cache_dir / key
+    if (folder / MANIFEST_FILE).exists():
+        return folder
+    with _named_failures(spec, cache_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_process(folder):
+            if not (folder / MANIFEST_FILE).exists():
+                _Preparation(
+                    spec=spec,
+                    checkpoint=checkpoint,
+                    source_folder=source_folder,
+                    folder=folder,
+                    quantization=quantization,
+                    device=device,
+                    progress=progress,
+                ).run()
+    return folder
+
+
+@dataclass(kw_only=True, slots=True)
+class _Preparation:
+    """One run over the parts of a store."""
+
+    spec: ModelSpec
+    checkpoint: Path | Download
+    source_folder: Path
+    folder: Path
+    quantization: Quantization
+    device: torch.device
+    progress: Progress | None
+    done_bytes: int = 0
+    total_bytes: int = 0
+    source: CheckpointSource | None = field(default=None)
+
+    def run(self) -> None:
+        """Build what is missing, then write the manifest."""
+        copies_tables = isinstance(self.checkpoint, Download)
+        parts = store_parts(self.spec, self.quantization, copies_tables=copies_tables)
+        missing = [part for part in parts if not self._is_done(part)]
+        if copies_tables:
+            missing = in_download_order(missing, self.spec)
+        self._require_disk_space(missing)
+        self.total_bytes = sum(part.source_bytes for part in parts)
+        self._advance(self.total_bytes - sum(part.source_bytes for part in missing))
+        self._drop_files(missing)
+        for number, part in enumerate(missing):
+            self._open(part)
+            self._build(part)
+            self._drop_files(missing[number + 1 :])
+        self._write_manifest(parts)
+
+    def _is_done(self, part: Part) -> bool:
+        path = self.folder / part.file
+        if not path.exists():
+            return False
+        if part.kind == "layer":
+            finished = self._read_finished(part)
+            return finished is not None and path.stat().st_size == finished.blob.size_bytes
+        return part.kind == "other" or path.stat().st_size == part.stored_bytes
+
+    def _read_finished(self, part: Part) -> FinishedLayer | None:
+        try:
+            return from_json(FinishedLayer, json.loads(self._finished_path(part).read_bytes()))
+        except (OSError, ValueError):
+            return None
+
+    def _finished_path(self, part: Part) -> Path:
+        return self.folder / f"{part.file}.json"
+
+    def _require_disk_space(self, missing: Sequence[Part]) -> None:
+        needed = {self.folder: sum(part.stored_bytes for part in missing)}
+        if isinstance(self.checkpoint, Download):
+            present = frozenset(
+                file for file in file_bytes(self.spec) if (self.source_folder / file).exists()
+            )
+            download, both = download_peak_bytes(missing, self.spec, present)
+            source_folder = _existing(self.source_folder)
+            if source_folder.stat().st_dev == self.folder.stat().st_dev:
+                needed = {self.folder: both}
+            else:
+                needed[source_folder] = download
+        for folder, size_bytes in needed.items():
+            free_bytes = shutil.disk_usage(folder).free
+            if size_bytes > free_bytes:
+                raise _disk_too_small(self.spec, folder, size_bytes, free_bytes)
+
+    def _open(self, part: Part) -> None:
+        if isinstance(self.checkpoint, Download):
+            for file in part.source_files:
+                self.checkpoint.fetch(file)
+        if self.source is None:
+            self.source = CheckpointSource(self.spec, self.source_folder)
+
+    def _drop_files(self, missing: Sequence[Part]) -> None:
+        """Delete what no missing part needs, where the checkpoint is fetched file by file."""
+        if not isinstance(self.checkpoint, Download):
+            return
+        unneeded = set(file_bytes(self.spec)) - needed_files(missing)
+        present = [file for file in sorted(unneeded) if (self.source_folder / file).exists()]
+        if present:
+            self.source = None  # it maps the files: their space would not come back
+        for file in present:
+            self.checkpoint.delete(file)
+
+    def _advance(self, size_bytes: int) -> None:
+        self.done_bytes += size_bytes
+        if self.progress is not None:
+            self.progress(self.done_bytes, self.total_bytes)
+
+    def _build(self, part: Part) -> None:
+        assert self.source is not None, part.file
+        if part.kind == "layer":
+            self._build_layer(self.source, part)
+        elif part.kind == "table":
+            self._build_table(self.source, part)
+        else:
+            tensors = {name: self._numbers(self.source, part, name) for name in part.names}
+            write_parts(self.folder / part.file, [safetensors.torch.save(tensors)])
+            self._advance(part.source_bytes)
+
+    def _build_layer(self, source: CheckpointSource, part: Part) -> None:
+        layer = self.spec.decoder.layers[part.index]
+        four_bit = {
+            name: stored
+            for name in linear_shapes(self.spec.decoder, layer)
+            if (stored := source.four_bit(part.names[name])) is not None
+        }
+        places, size_bytes = layer_layout(
+            self.spec.decoder,
+            layer,
+            dtype=self.spec.dtype,
+            quantization=self.quantization,
+            formats={name: stored.four_bit_format for name, stored in four_bit.items()},
+        )
+        blob = torch.zeros(size_bytes, dtype=torch.uint8)
+        tensors: dict[str, StoredTensor] = {}
+        code_tables: dict[str, tuple[float, ...]] = {}
+        for name, place in places.items():
+            tensors[name], tables = self._fill(blob, part, name, place, four_bit.get(name))
+            code_tables |= tables
+        sha256 = write_parts(self.folder / part.file, [blob])
+        stored_blob = StoredBlob(
+            file=part.file, size_bytes=size_bytes, sha256=sha256, tensors=tensors
+        )
+        finished = FinishedLayer(blob=stored_blob, code_tables=code_tables)
+        write_json(self._finished_path(part), finished)
+
+    def _fill(
+        self,
+        blob: Tensor,
+        part: Part,
+        name: str,
+        place: StoredTensor,
+        stored: FourBitTensor | None,
+    ) -> tuple[StoredTensor, Mapping[str, tuple[float, ...]]]:
+        """Put one tensor into the blob; returns what stands there, and the tables it needs."""
+        assert self.source is not None, part.file
+        full_name = part.names[name]
+        tables: Mapping[str, tuple[float, ...]] = {}
+        if place.format == "dense":
+            numbers = self._numbers(self.source, part, name)
+            dense_view(blob, place).copy_(numbers.view(place.shape))
+        elif stored is not None:
+            place = replace(write_quantized(blob, place, stored.quantized), dtype=stored.dtype)
+            tables = stored.code_tables
+        else:
+            weight = self.source.read(full_name).to(dtype_of(self.spec.dtype))
+            place = write_quantized(blob, place, quantize_nf4(weight, device=self.device))
+            tables = {NF4_TABLE: NF4_CODE, DYNAMIC_TABLE: dynamic_map()}
+        self._advance(weight_bytes(self.spec, full_name))
+        return place, tables
+
+    def _numbers(self, source: CheckpointSource, part: Part, name: str) -> Tensor:
+        """A dense tensor as it is stored: norms with the family's offset."""
+        numbers = source.numbers(part.names[name])
+        dtype = dtype_of(stored_dtype(name, self.spec.dtype))
+        if name.endswith("_norm"):
+            return numbers.to(dtype) + self.spec.decoder.norm_offset
+        return numbers.to(dtype)
+
+    def _build_table(self, source: CheckpointSource, part: Part) -> None:
+        name, full_name = next(iter(part.names.items()))
+        numbers = source.numbers(full_name)
+        dtype = dtype_of(self.spec.dtype)
+        step = max(_TABLE_SLICE_BYTES // (numbers.shape[1] * dtype.itemsize), 1)
+        slice_bytes = part.source_bytes * step // numbers.shape[0]
+
+        def pieces() -> Iterator[Tensor | bytes]:
+            yield table_header(self.spec, name)
+            for first_row in range(0, numbers.shape[0], step):
+                yield numbers[first_row : first_row + step].to(dtype)
+                self._advance(min(slice_bytes, end_bytes - self.done_bytes))
+
+        end_bytes = self.done_bytes + part.source_bytes
+        write_parts(self.folder / part.file, pieces())
+        self._advance(end_bytes - self.done_bytes)
+
+    def _write_manifest(self, parts: Sequence[Part]) -> None:
+        blobs: list[StoredBlob] = []
+        code_tables: dict[str, tuple[float, ...]] = {}
+        for part in parts:
+            if part.kind == "layer":
+                finished = self._read_finished(part)
+                assert finished is not None, f"{part.file} was written without its description"
+                blobs.append(finished.blob)
+                code_tables |= finished.code_tables
+        tables = {name: self._table(name, parts) for name in own_tables(self.spec)}
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            key=self.folder.name,
+            source=self.spec.name,
+            quantization=self.quantization,
+            layers=tuple(blobs),
+            embedding=tables["embedding"],
+            head=tables.get("head", tables["embedding"]),
+            ple=tables.get("ple"),
+            other_file=OTHER_FILE,
+            code_tables=code_tables,
+        )
+        write_json(self.folder / MANIFEST_FILE, manifest)
+        for part in parts:
+            if part.kind == "layer":
+                self._finished_path(part).unlink()
+
+    def _table(self, name: str, parts: Sequence[Part]) -> StoredTable:
+        rows, columns = other_tensor_shapes(self.spec.decoder)[name]
+        file = f"{name}.safetensors"
+        if any(part.file == file for part in parts):
+            offset_bytes, dtype = len(table_header(self.spec, name)), self.spec.dtype
+        else:
+            tensor = self.spec.tensors[other_tensor_names(self.spec)[name]]
+            file = str((self.source_folder / tensor.file).absolute())
+            offset_bytes, dtype = tensor.offset_bytes, WEIGHT_DTYPES[tensor.dtype]
+        return StoredTable(file=file, offset_bytes=offset_bytes, shape=(rows, columns), dtype=dtype)
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(folder.with_name(folder.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RunError(
+            f"Another process is preparing {folder.name}.",
+            why="Two at once would write the same files.",
+            fix="Wait until it is done and run this command again: the result is used by both.",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _named_failures(spec: ModelSpec, cache_dir: Path) -> Iterator[None]:
+    """Turn what the disk refuses into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DoesNotFitError(
+                f"The disk became full while the weights of {spec.name} were prepared.",
+                why=f"The store is written to {cache_dir}; something else used the space.",
+                fix="Free some space and run the command again: finished layers are kept. "
+                "Or set `model.cache_dir` to a folder on another disk.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise ConfigError(
+                f"Prepared weights cannot be written to {cache_dir}.",
+                why=f"{error.strerror}: {error.filename}.",
+                fix="Set `model.cache_dir` to a folder that you may write to.",
+            ) from error
+        raise
+
+
+def _disk_too_small(
+    spec: ModelSpec, folder: Path, needed_bytes: int, free_bytes: int
+) -> DoesNotFitError:
+    return DoesNotFitError(
+        f"Preparing {spec.name} needs {format_bytes(needed_bytes)} of disk; "
+        f"{format_bytes(free_bytes)} are free.",
+        why=f"The files are written below {folder.parent}.",
+        fix="Set `model.cache_dir` to a folder on a larger disk, or free "
+        f"{format_bytes(needed_bytes - free_bytes)} there.",
+    )
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
+    return folder if folder.exists() else _existing(folder.parent)

@@ -1,0 +1,1 @@
+"""Frozen weights on their way from host memory through the device."""

@@ -1,0 +1,1 @@
+"""Tests of eightgig; `tiny` makes the models that they use."""

@@ -17,7 +17,7 @@ from eightgig.adapters.lora import Adapter, adapter_groups, lora_scale, named_vi
 from eightgig.config import LoraConfig, ModelConfig
 from eightgig.data.batches import IGNORE_INDEX, Batch
 from eightgig.engine.gradients import Gradients
-from eightgig.engine.model import Model
+from eightgig.engine.model import Model, device_of
 from eightgig.memory.plan import Plan
 from eightgig.models.checkpoint import read_model_spec
 from eightgig.models.spec import ModelSpec
@@ -86,7 +86,7 @@ def make_engine(
     lora = lora or LoraConfig(r=4, lora_alpha=8)
     spec = read_model_spec(folder)
     config = ModelConfig(name=str(folder), cache_dir=str(cache_dir), quantization=quantization)
-    device, model_dtype = torch.device(plan.device), getattr(torch, plan.compute_dtype)
+    device, model_dtype = device_of(plan), getattr(torch, plan.compute_dtype)
     store = open_store(spec, folder, config, device=device)
     place = CPU if plan.optimizer_place == "host" else device
     adapter = Adapter(

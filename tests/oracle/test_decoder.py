@@ -31,6 +31,7 @@ def _assert_same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torc
 PLANS = {
     "resident": {},
     "layer_major": {"micro_batches_per_visit": 3, "mlp_tile_tokens": 17, "head_tile_tokens": 5},
+    "offloaded": {"offload": ("attention", "o_proj", "down_proj"), "mlp_tile_tokens": 17},
     "streamed": {"layer_slots": 2, "head_chunk_rows": 31, "micro_batches_per_visit": 2},
 }
 

@@ -1,13 +1,15 @@
 """Tensors that wait between forward and backward: on the device, or in pinned host memory.
 
-Each is written once in the forward pass and read once in the backward pass, in an order known
-beforehand. On the host, writing and reading run on streams of their own beside the computation.
+A bundle is what one layer keeps of one micro-batch: its input, and outputs that the plan keeps
+instead of computing them again. Bundles are written in the forward pass and read once in the
+backward pass, in an order known beforehand. On the host, writing and reading run on streams of
+their own beside the computation.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -16,129 +18,134 @@ from torch import Tensor
 from eightgig.streaming.host import PinnedArenas
 from eightgig.streaming.meter import WaitMeter
 
-_WRITES_IN_FLIGHT = 3
+BundleKey = tuple[int, int]
+"""Layer and micro-batch."""
+
+_WRITES_IN_FLIGHT = 6
 _READS_AHEAD = 2
+_ALIGNMENT_BYTES = 256
 
 
 class Waiting(Protocol):
-    """Where tensors wait."""
+    """Where bundles wait."""
 
-    def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Keep `tensor`; the caller must not change it."""
+    def put(self, key: BundleKey, name: str, tensor: Tensor) -> None:
+        """Add a contiguous `tensor` to a bundle; the caller must not change it."""
 
-    def read(self, keys: Sequence[Hashable]) -> Iterator[Tensor]:
-        """The tensors of `keys`, one at a time; each is valid until the next is asked for."""
+    def read(self, keys: Sequence[BundleKey]) -> Iterator[dict[str, Tensor]]:
+        """The bundles of `keys`; each is valid until the next is asked for."""
 
     def clear(self) -> None:
         """Forget everything."""
 
 
 class DeviceWaiting:
-    """Tensors wait where they are."""
+    """Bundles wait where they are."""
 
     def __init__(self) -> None:
-        self._tensors: dict[Hashable, Tensor] = {}
+        self._bundles: defaultdict[BundleKey, dict[str, Tensor]] = defaultdict(dict)
 
-    def put(self, key: Hashable, tensor: Tensor) -> None:
+    def put(self, key: BundleKey, name: str, tensor: Tensor) -> None:
         """Keep a reference."""
-        self._tensors[key] = tensor
+        self._bundles[key][name] = tensor
 
-    def read(self, keys: Sequence[Hashable]) -> Iterator[Tensor]:
+    def read(self, keys: Sequence[BundleKey]) -> Iterator[dict[str, Tensor]]:
         """Give the references up one by one."""
         for key in keys:
-            yield self._tensors.pop(key)
+            yield self._bundles.pop(key)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._tensors.clear()
+        self._bundles.clear()
 
 
 class HostWaiting:
-    """Tensors wait in pinned host memory.
-
-    Runs are reused from step to step; a key's run grows when a longer tensor comes.
+    """Bundles wait in pinned host memory, whose runs are reused from step to step.
 
     Args:
         device: Where tensors come from and go to.
         meter: Times the waits for copies.
+        expected_bytes: Of all bundles of a step, as planned; host memory is taken in such portions.
     """
 
-    def __init__(self, device: torch.device, meter: WaitMeter) -> None:
+    def __init__(self, device: torch.device, meter: WaitMeter, *, expected_bytes: int) -> None:
         self._device = device
         self._meter = meter
         self._arenas = PinnedArenas(is_pinned=True)
-        self._runs: dict[Hashable, Tensor] = {}
-        self._views: dict[Hashable, Tensor] = {}
+        self._left_bytes = expected_bytes
+        self._runs: dict[tuple[BundleKey, str], Tensor] = {}
+        self._views: defaultdict[BundleKey, dict[str, Tensor]] = defaultdict(dict)
         self._out_stream = torch.cuda.Stream(device)
         self._in_stream = torch.cuda.Stream(device)
         self._writing: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._buffers: list[Tensor] = []
-        self._last_write: torch.cuda.Event | None = None
 
-    def put(self, key: Hashable, tensor: Tensor) -> None:
+    def put(self, key: BundleKey, name: str, tensor: Tensor) -> None:
         """Start the copy to the host once the work queued so far is done."""
-        size_bytes = tensor.numel() * tensor.element_size()
-        run = self._runs.get(key)
-        if run is None or run.numel() < size_bytes:
-            run = self._runs[key] = self._arenas.take(size_bytes, expected_bytes=1 << 30)
-        view = run[:size_bytes].view(tensor.dtype).view(tensor.shape)
-        self._views[key] = view
+        view = self._views[key][name] = self._host_view(key, name, tensor)
         self._out_stream.wait_stream(torch.cuda.current_stream(self._device))
         event = torch.cuda.Event()
         with torch.cuda.stream(self._out_stream):
             view.copy_(tensor, non_blocking=True)
             event.record(self._out_stream)
-        self._last_write = event
         self._writing.append((tensor, event))
         while len(self._writing) > _WRITES_IN_FLIGHT:
-            # The memory is reused by this stream only, behind the copy.
-            self._writing.popleft()[1].wait()
+            self._finish_write()
 
-    def read(self, keys: Sequence[Hashable]) -> Iterator[Tensor]:
+    def read(self, keys: Sequence[BundleKey]) -> Iterator[dict[str, Tensor]]:
         """Copy ahead of the reader, into buffers that are used in turn."""
-        self._finish_writes()
-        views = [self._views[key] for key in keys]
-        buffers = self._buffers_for(max(view.numel() * view.element_size() for view in views))
+        bundles = [self._views[key] for key in keys]
+        buffers = self._buffers_for(max(_bundle_bytes(bundle) for bundle in bundles))
         free: list[torch.cuda.Event | None] = [None] * len(buffers)
-        arrived: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        arrived: deque[tuple[dict[str, Tensor], torch.cuda.Event]] = deque()
+        while self._writing:
+            self._finish_write()
         self._in_stream.wait_stream(torch.cuda.current_stream(self._device))
-        if self._last_write is not None:
-            self._in_stream.wait_event(self._last_write)
 
         def start(number: int) -> None:
             which = number % len(buffers)
             event = torch.cuda.Event()
-            view = views[number]
-            size_bytes = view.numel() * view.element_size()
-            target = buffers[which][:size_bytes].view(view.dtype).view(view.shape)
+            targets = _split(buffers[which], bundles[number])
             with torch.cuda.stream(self._in_stream):
                 before = free[which]
                 if before is not None:
                     self._in_stream.wait_event(before)
-                target.copy_(view, non_blocking=True)
+                for name, view in bundles[number].items():
+                    targets[name].copy_(view, non_blocking=True)
                 event.record(self._in_stream)
-            arrived.append((target, event))
+            arrived.append((targets, event))
 
-        for number in range(min(_READS_AHEAD, len(views))):
+        for number in range(min(_READS_AHEAD, len(bundles))):
             start(number)
-        for number in range(len(views)):
-            target, event = arrived.popleft()
+        for number in range(len(bundles)):
+            targets, event = arrived.popleft()
             self._meter.wait(event.wait)
-            yield target
+            yield targets
             done = torch.cuda.Event()
             done.record()
             free[number % len(buffers)] = done
-            if number + _READS_AHEAD < len(views):
+            if number + _READS_AHEAD < len(bundles):
                 start(number + _READS_AHEAD)
 
     def clear(self) -> None:
         """Forget what waits; the host memory is kept for the next step."""
-        self._finish_writes()
+        while self._writing:
+            self._finish_write()
         self._views.clear()
 
-    def _finish_writes(self) -> None:
-        while self._writing:
-            self._writing.popleft()[1].wait()
+    def _finish_write(self) -> None:
+        """Order the compute stream behind the oldest copy: it alone reuses the tensor's memory."""
+        self._writing.popleft()[1].wait()
+
+    def _host_view(self, key: BundleKey, name: str, tensor: Tensor) -> Tensor:
+        size_bytes = tensor.numel() * tensor.element_size()
+        run = self._runs.get((key, name))
+        if run is None or run.numel() < size_bytes:
+            expected_bytes = max(self._left_bytes, size_bytes)
+            run = self._arenas.take(size_bytes, expected_bytes=expected_bytes)
+            self._runs[key, name] = run
+            self._left_bytes -= size_bytes
+        return run[:size_bytes].view(tensor.dtype).view(tensor.shape)
 
     def _buffers_for(self, size_bytes: int) -> list[Tensor]:
         if not self._buffers or self._buffers[0].numel() < size_bytes:
@@ -148,3 +155,24 @@ class HostWaiting:
                 for _ in range(_READS_AHEAD + 1)
             ]
         return self._buffers
+
+
+def _bundle_bytes(bundle: dict[str, Tensor]) -> int:
+    return sum(_rounded(view) for view in bundle.values())
+
+
+def _split(buffer: Tensor, bundle: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Places in `buffer` for the tensors of `bundle`."""
+    places = {}
+    start = 0
+    for name, view in bundle.items():
+        size_bytes = view.numel() * view.element_size()
+        part = buffer[start : start + size_bytes]
+        places[name] = part.view(view.dtype).view(view.shape)
+        start += _rounded(view)
+    return places
+
+
+def _rounded(view: Tensor) -> int:
+    size_bytes = view.numel() * view.element_size()
+    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -7,7 +7,7 @@ tiles of tokens, since its intermediate is the largest activation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,10 @@ from eightgig.ops.choose import Ops
 from eightgig.ops.reference import HeadLayout
 
 Attend = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], None]
+Keep = Callable[[str, Tensor], None]
+"""Called with name and value of an output that waits for the backward pass."""
+OFFLOADS = ("attention", "o_proj", "down_proj")
+"""Outputs that can be kept instead of computed again; `attention` is its output and `lse`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +78,7 @@ class DecoderLayer:
         ops: Fast or plain operations.
         mlp_tile_tokens: Tokens per tile of the MLP.
         dropout: Share of adapter inputs dropped in training.
+        offload: Outputs that `forward` keeps, of `OFFLOADS`.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class DecoderLayer:
         *,
         mlp_tile_tokens: int,
         dropout: float,
+        offload: Collection[str] = (),
     ) -> None:
         self.spec = layer
         self.heads = HeadLayout(
@@ -100,10 +106,17 @@ class DecoderLayer:
         self._eps = decoder.rms_norm_eps
         self._tile = mlp_tile_tokens
         self._dropout = dropout
+        self._offload = frozenset(offload)
         self._is_shared = any(other.kv_source == layer.index for other in decoder.layers)
 
     def forward(
-        self, weights: LayerWeights, hidden: Tensor, batch: MicroBatch, attend: Attend | None = None
+        self,
+        weights: LayerWeights,
+        hidden: Tensor,
+        batch: MicroBatch,
+        *,
+        keep: Keep | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """The layer's output, (N, D).
 
@@ -111,14 +124,26 @@ class DecoderLayer:
             weights: Of this visit.
             hidden: The layer's input, (N, D).
             batch: The micro-batch.
+            keep: Called with the outputs that the plan keeps for the backward pass.
             attend: Replaces attention over the micro-batch, called with (q, k, v, out): used
                 with a KV cache.
         """
-        hidden = self._attention_forward(weights, hidden, batch, attend)[0]
-        out = torch.empty_like(hidden)
-        for tile in self._tiles(batch):
-            out[tile] = self._mlp_forward(weights, hidden[tile], batch, tile)[0]
-        return out
+        hidden, saved = self._attention_forward(weights, hidden, batch, attend, {})
+        if keep is not None and "attention" in self._offload:
+            keep("attention", saved.attended)
+            keep("lse", saved.lse)
+        if keep is not None and "o_proj" in self._offload:
+            keep("o_proj", saved.projected)
+        del saved
+        tiles = self._tiles(batch)
+        parts = []
+        for number, tile in enumerate(tiles):
+            part, mlp_saved = self._mlp_forward(weights, hidden[tile], batch, tile, None)
+            if keep is not None and "down_proj" in self._offload:
+                keep(f"down_proj.{number}", mlp_saved.projected)
+            del mlp_saved
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def backward(
         self,
@@ -127,6 +152,7 @@ class DecoderLayer:
         grad: Tensor,
         batch: MicroBatch,
         grads: Mapping[str, GroupMasters],
+        kept: Mapping[str, Tensor],
     ) -> Tensor:
         """The gradient of the layer's input, (N, D).
 
@@ -136,14 +162,16 @@ class DecoderLayer:
             grad: Gradient of its output, (N, D).
             batch: The micro-batch; gradients of shared K and V are added to it.
             grads: float32 sums of the adapter's gradients, by group; added to.
+            kept: What `forward` kept.
         """
-        middle, saved = self._attention_forward(weights, hidden, batch, None)
-        grad_middle = torch.empty_like(middle)
-        for tile in self._tiles(batch):
-            grad_middle[tile] = self._mlp_backward(
-                weights, middle[tile], grad[tile], batch, tile, grads
-            )
-        del middle
+        middle, saved = self._attention_forward(weights, hidden, batch, None, kept)
+        parts = []
+        for number, tile in enumerate(self._tiles(batch)):
+            down = kept.get(f"down_proj.{number}")
+            step = (middle[tile], grad[tile], down)
+            parts.append(self._mlp_backward(weights, step, batch, tile, grads))
+        grad_middle = parts[0] if len(parts) == 1 else torch.cat(parts)
+        del middle, parts
         return self._attention_backward(weights, hidden, grad_middle, batch, saved, grads)
 
     def _tiles(self, batch: MicroBatch) -> list[slice]:
@@ -161,7 +189,12 @@ class DecoderLayer:
         return Dropout(p=self._dropout, row_keys=keys, layer=self.spec.index)
 
     def _attention_forward(
-        self, weights: LayerWeights, hidden: Tensor, batch: MicroBatch, attend: Attend | None
+        self,
+        weights: LayerWeights,
+        hidden: Tensor,
+        batch: MicroBatch,
+        attend: Attend | None,
+        kept: Mapping[str, Tensor],
     ) -> tuple[Tensor, AttentionSaved]:
         ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch)
         qkv_weight, o_weight = weights.groups["qkv"], weights.groups["o"]
@@ -178,10 +211,17 @@ class DecoderLayer:
             k, v = batch.shared_kv[self.spec.kv_source]
         elif self._is_shared and k is not None and v is not None:
             batch.shared_kv[self.spec.index] = (k, v)
-        attended = o_weight.new_input(batch.num_tokens)
-        out = attended[:, : self.heads.query_size].view(q.shape)
-        lse = self._attend(q, k, v, out, batch, attend)
-        projected = o_weight.forward(attended, dropout)
+        if "attention" in kept:
+            attended, lse = kept["attention"], kept["lse"]
+        else:
+            attended = o_weight.new_input(batch.num_tokens)
+            out = attended[:, : self.heads.query_size].view(q.shape)
+            lse = self._attend(q, k, v, out, batch, attend)
+        projected = kept.get("o_proj")
+        if projected is None:
+            projected = o_weight.forward(attended, dropout)
+        elif "attention" not in kept:
+            o_weight.complete_input(attended, dropout)
         middle = ops.residual_norm(hidden, projected, dense.get("post_attention_norm"), self._eps)
         if attend is not None:
             k = v = q  # a KV cache keeps its own; nothing is saved for a backward
@@ -289,7 +329,12 @@ class DecoderLayer:
         return grad_k, grad_v
 
     def _mlp_forward(
-        self, weights: LayerWeights, hidden: Tensor, batch: MicroBatch, tile: slice
+        self,
+        weights: LayerWeights,
+        hidden: Tensor,
+        batch: MicroBatch,
+        tile: slice,
+        projected: Tensor | None,
     ) -> tuple[Tensor, MlpSaved]:
         ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch, tile)
         gate_up_weight, down_weight = weights.groups["gate_up"], weights.groups["down"]
@@ -304,7 +349,10 @@ class DecoderLayer:
             self._decoder.activation,
             out=product[:, :width],
         )
-        projected = down_weight.forward(product, dropout)
+        if projected is None:
+            projected = down_weight.forward(product, dropout)
+        else:
+            down_weight.complete_input(product, dropout)
         saved = MlpSaved(normed=normed, gate_up=gate_up, product=product, projected=projected)
         norm, scalar = dense.get("post_mlp_norm"), dense.get("layer_scalar")
         if batch.ple is None:
@@ -322,13 +370,14 @@ class DecoderLayer:
     def _mlp_backward(
         self,
         weights: LayerWeights,
-        hidden: Tensor,
-        grad: Tensor,
+        step: tuple[Tensor, Tensor, Tensor | None],
         batch: MicroBatch,
         tile: slice,
         grads: Mapping[str, GroupMasters],
     ) -> Tensor:
-        _, saved = self._mlp_forward(weights, hidden, batch, tile)
+        """Gradient of the MLP half's input for one tile of (input, gradient, kept output)."""
+        hidden, grad, kept = step
+        saved = self._mlp_forward(weights, hidden, batch, tile, kept)[1]
         ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch, tile)
         gate_up_weight, down_weight = weights.groups["gate_up"], weights.groups["down"]
         width, scalar = self.spec.intermediate_size, dense.get("layer_scalar")

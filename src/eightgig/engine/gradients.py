@@ -8,6 +8,7 @@ to pinned memory beside the computation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ class Gradients:
         device: torch.device,
         place: torch.device,
     ) -> None:
-        self._layers = tuple(tuple(groups) for groups in layers)
-        sizes = [sum(group.master_size for group in groups) for groups in self._layers]
+        self.layers = tuple(tuple(groups) for groups in layers)
+        sizes = [sum(group.master_size for group in groups) for groups in self.layers]
         is_pinned = place.type == "cpu" and device.type == "cuda"
         whole = torch.zeros(sum(sizes), dtype=torch.float32, device=place, pin_memory=is_pinned)
         self.sums: list[Tensor] = list(whole.split(sizes))
@@ -40,9 +41,11 @@ class Gradients:
         self._lane = _CopyLane(device, max(sizes)) if is_pinned else None
         self._arrived: list[torch.cuda.Event | None] = [None] * len(sizes)
         self._views = [
-            split_masters(run, groups) for run, groups in zip(self.sums, self._layers, strict=True)
+            split_masters(run, groups) for run, groups in zip(self.sums, self.layers, strict=True)
         ]
         self._is_empty = True
+        self._norms = torch.zeros(len(sizes), device=device)
+        self._reader: Future[None] | None = None
 
     def begin_step(self) -> None:
         """Start from zero."""
@@ -54,20 +57,32 @@ class Gradients:
         """Say that every layer has been visited once; further visits add."""
         self._is_empty = False
 
+    def hand_to(self, reader: Future[None]) -> None:
+        """Let `reader` use the sums in the background; `open` waits until it is done."""
+        self._reader = reader
+
+    def norm(self) -> float:
+        """Norm of the whole gradient; waits for the device."""
+        return float(torch.linalg.vector_norm(self._norms))
+
     def open(self, layer: int) -> Mapping[str, GroupMasters]:
         """Views to add the gradients of `layer` to, by group name."""
+        if self._reader is not None:
+            self._reader.result()
+            self._reader = None
         if self._lane is None:
             return self._views[layer]
         earlier, arrived = None, self._arrived[layer]
         if not self._is_empty and arrived is not None:
             arrived.wait()
             earlier = self.sums[layer]
-        return split_masters(
-            self._lane.take(self.sums[layer].numel(), earlier), self._layers[layer]
-        )
+        return split_masters(self._lane.take(self.sums[layer].numel(), earlier), self.layers[layer])
 
     def close(self, layer: int) -> None:
         """End the visit of `layer`: its sums start on their way to the optimizer."""
+        run = self.sums[layer]
+        run = run if self._lane is None else self._lane.current[: run.numel()]
+        self._norms[layer] = torch.linalg.vector_norm(run)
         if self._lane is not None:
             self._arrived[layer] = self._lane.send(self.sums[layer])
 
@@ -89,11 +104,16 @@ class _CopyLane:
         self._device = device
         self._current = 0
 
+    @property
+    def current(self) -> Tensor:
+        """The buffer that is being filled."""
+        return self._buffers[self._current]
+
     def take(self, size: int, earlier: Tensor | None) -> Tensor:
         sent = self._sent[self._current]
         if sent is not None:
             sent.wait()
-        run = self._buffers[self._current][:size]
+        run = self.current[:size]
         if earlier is None:
             return run.zero_()
         return run.copy_(earlier, non_blocking=True)
@@ -102,7 +122,7 @@ class _CopyLane:
         event = torch.cuda.Event()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            source = self._buffers[self._current][: target.numel()]
+            source = self.current[: target.numel()]
             target.copy_(source, non_blocking=True)
             event.record(self._stream)
         self._sent[self._current] = event

@@ -74,9 +74,10 @@ class GroupWeight:
         """An empty dY_aug, (tokens, out + R)."""
         return self.scratch.new_empty(tokens, self.group.out_size + self.group.rank_size)
 
-    def _fill_adapter_columns(self, x_aug: Tensor, dropout: Dropout | None) -> None:
-        """Set the last R columns of `x_aug` to X A^T."""
-        assert self.compute is not None
+    def complete_input(self, x_aug: Tensor, dropout: Dropout | None) -> None:
+        """Set the last R columns of `x_aug` to X A^T, where there is an adapter."""
+        if self.compute is None:
+            return
         x, xa = x_aug.split([self.group.in_size, self.group.rank_size], dim=1)
         if dropout is None:
             torch.mm(x, self.compute.a.t(), out=xa)
@@ -94,7 +95,7 @@ class GroupWeight:
         if self.compute is None:
             in_size = self.group.in_size
             return torch.mm(x_aug[:, :in_size], weight[:, :in_size].t())
-        self._fill_adapter_columns(x_aug, dropout)
+        self.complete_input(x_aug, dropout)
         return torch.mm(x_aug, weight.t())
 
     def backward(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Model:
         poison: bool = False,
     ) -> None:
         self.decoder = decoder
-        self.device = torch.device(plan.device)
+        self.device = device_of(plan)
         self.dtype = getattr(torch, plan.compute_dtype)
         self._hidden_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         self._plan = plan
@@ -104,6 +105,7 @@ class Model:
                 ops,
                 mlp_tile_tokens=plan.mlp_tile_tokens,
                 dropout=adapter.dropout if adapter is not None else 0.0,
+                offload=plan.offload,
             )
             for layer in decoder.layers
         ]
@@ -129,7 +131,11 @@ class Model:
         self._training_visits = self._forward_visits + layer_visits[::-1]
         self._current_visits: list[int] = []
         self._waiting: Waiting = (
-            HostWaiting(self.device, self.meter)
+            HostWaiting(
+                self.device,
+                self.meter,
+                expected_bytes=plan.host_breakdown.get("checkpoints", 0),
+            )
             if plan.checkpoints == "host" and self.device.type == "cuda"
             else DeviceWaiting()
         )
@@ -220,13 +226,14 @@ class Model:
             for layer in reversed(range(self.decoder.num_layers))
             for number in range(len(batches))
         ]
-        kept = self._waiting.read(keys)
+        bundles = self._waiting.read(keys)
         for layer in reversed(range(self.decoder.num_layers)):
             weights = self._open(layer)
             sums = gradients.open(layer)
             for number, batch in enumerate(batches):
+                bundle = next(bundles)
                 grads[number] = self._layers[layer].backward(
-                    weights, next(kept), grads[number], batch, sums
+                    weights, bundle["input"], grads[number], batch, sums, bundle
                 )
             gradients.close(layer)
             self.ring.release()
@@ -254,10 +261,13 @@ class Model:
         for index, layer in enumerate(self._layers):
             weights = self._open(index)
             for number, batch in enumerate(batches):
-                if keeps:
-                    self._waiting.put((index, number), hidden[number])
+                keep = partial(self._waiting.put, (index, number)) if keeps else None
+                if keep is not None:
+                    keep("input", hidden[number])
                 attends = attend(index, number) if attend is not None else None
-                hidden[number] = layer.forward(weights, hidden[number], batch, attends)
+                hidden[number] = layer.forward(
+                    weights, hidden[number], batch, keep=keep, attend=attends
+                )
             self.ring.release()
 
     def _open(self, layer: int) -> LayerWeights:
@@ -340,6 +350,13 @@ class Model:
             changing_bytes=compute.numel() * compute.element_size(),
             check=check,
         )
+
+
+def device_of(plan: Plan) -> torch.device:
+    """The device of a plan, with its number."""
+    if plan.device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _groups(decoder: DecoderSpec, adapter: Adapter | None) -> Sequence[Sequence[LinearGroup]]:

@@ -2,8 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import platform
+import shutil
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+import psutil
+
+from eightgig.errors import HardwareError
+from eightgig.hardware.card_table import (
+    GEMM_RATIO,
+    LAPTOP_GEMM_RATIO,
+    MEMORY_RATIO,
+    Card,
+    card_of_gpu,
+    link_bytes_per_second,
+)
+from eightgig.hardware.nvml import Gpu, NvmlReading, read_nvml, visible_gpu
+from eightgig.units import MIB
+
+# What a context of this process takes, loaded kernels included: 0.53 GiB on an H100 (2026-11),
+# 0.25 to 0.45 on consumer cards.
+CONSUMER_CONTEXT_BYTES = 450 * MIB
+DATA_CENTRE_CONTEXT_BYTES = 560 * MIB
+_DATA_CENTRE_NAMES = ("H100", "H200", "H800", "A100", "B200", "GH200")
+# Windows pins about half of the memory, WSL 2 gives up between 0.5 and 1 GiB.
+_WSL_PIN_BYTES = 512 * MIB
+_WINDOWS_PIN_RATIO = 0.5
+_LINUX_PIN_RATIO = 0.9
+_CGROUP_LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +85,7 @@ class Hardware:
         disk_free_bytes: Free bytes where prepared weights are kept.
         cpu_threads: Threads the process may use.
         rates: Speeds, None when neither measured nor in the table.
+        has_triton: Whether Triton is installed, which the fused kernels need.
     """
 
     device: Literal["cuda", "cpu"]
@@ -64,3 +102,145 @@ class Hardware:
     disk_free_bytes: int
     cpu_threads: int
     rates: Rates | None
+    has_triton: bool = False
+
+
+def probe(
+    device: Literal["auto", "cuda", "cpu"] = "auto", cache_dir: Path | None = None
+) -> Hardware:
+    """This machine, without creating a CUDA context; rates come from the table of cards.
+
+    Args:
+        device: `auto` takes the GPU if there is one.
+        cache_dir: Where prepared weights are kept, for the free disk.
+
+    Raises:
+        HardwareError: `cuda` is asked for and there is no usable GPU.
+    """
+    reading = NvmlReading() if device == "cpu" else read_nvml()
+    gpu = visible_gpu(reading)
+    if device == "cuda" and gpu is None:
+        raise HardwareError(
+            "memory.device is cuda, but no GPU can be used here.",
+            why=reading.error or "CUDA_VISIBLE_DEVICES hides every card, or there is none.",
+            fix="Run `eightgig doctor` for the cause, or set memory.device: cpu.",
+        )
+    return describe_machine(gpu, cache_dir or default_cache_dir())
+
+
+def describe_machine(gpu: Gpu | None, cache_dir: Path) -> Hardware:
+    """The machine with `gpu` as its device, or its processor where that is None."""
+    total, free = host_memory()
+    card = None if gpu is None else card_of_gpu(gpu.name, gpu.total_bytes)
+    generation = None if gpu is None else gpu.max_pcie_generation
+    lanes = None if gpu is None else gpu.max_pcie_lanes
+    return Hardware(
+        device="cpu" if gpu is None else "cuda",
+        name=processor_name() if gpu is None else gpu.name,
+        compute_capability=None if gpu is None else gpu.compute_capability,
+        has_bf16=gpu is not None and gpu.compute_capability >= (8, 0),
+        vram_total_bytes=0 if gpu is None else gpu.total_bytes,
+        vram_free_bytes=0 if gpu is None else gpu.free_bytes,
+        context_bytes=0 if gpu is None else context_bytes(gpu.name),
+        display_bytes=0 if gpu is None else gpu.total_bytes - gpu.free_bytes,
+        host_total_bytes=total,
+        host_free_bytes=free,
+        pin_limit_bytes=0 if gpu is None else pin_limit_bytes(total),
+        disk_free_bytes=disk_free_bytes(cache_dir),
+        cpu_threads=cpu_threads(),
+        rates=None if card is None else card_rates(card, generation=generation, lanes=lanes),
+        has_triton=importlib.util.find_spec("triton") is not None,
+    )
+
+
+def card_rates(card: Card, *, generation: int | None = None, lanes: int | None = None) -> Rates:
+    """What `card` reaches, from the table.
+
+    Args:
+        card: The card.
+        generation, lanes: Of the board's slot, where it is slower than the card's connector.
+    """
+    link = link_bytes_per_second(
+        min(generation or card.pcie_generation, card.pcie_generation),
+        min(lanes or card.pcie_lanes, card.pcie_lanes),
+        is_laptop=card.is_laptop,
+    )
+    gemm_ratio = LAPTOP_GEMM_RATIO if card.is_laptop else GEMM_RATIO
+    return Rates(
+        gemm_flops_per_second=card.peak_flops_per_second * gemm_ratio,
+        memory_bytes_per_second=card.memory_gb_per_second * 1e9 * MEMORY_RATIO,
+        host_to_device_bytes_per_second=link,
+        device_to_host_bytes_per_second=link,
+        both_ways_bytes_per_second=link if card.copy_engines == 1 else 1.6 * link,
+        copy_engines=card.copy_engines,
+        is_measured=False,
+    )
+
+
+def context_bytes(name: str) -> int:
+    """What the CUDA context of this process will take on a card called `name`."""
+    is_data_centre = any(part in name for part in _DATA_CENTRE_NAMES)
+    return DATA_CENTRE_CONTEXT_BYTES if is_data_centre else CONSUMER_CONTEXT_BYTES
+
+
+def host_memory() -> tuple[int, int]:
+    """Main memory and what of it is free, within the limits of a container."""
+    memory = psutil.virtual_memory()
+    total, free = int(memory.total), int(memory.available)
+    for limit_path, used_path in _CGROUP_LIMITS:
+        limit, used = _read_number(limit_path), _read_number(used_path)
+        if limit is not None and used is not None and limit < total:
+            total, free = limit, max(0, min(free, limit - used))
+    return total, free
+
+
+def pin_limit_bytes(host_total_bytes: int) -> int:
+    """Most main memory that the system lets be pinned, as a rule of thumb."""
+    if is_wsl():
+        return _WSL_PIN_BYTES
+    ratio = _WINDOWS_PIN_RATIO if sys.platform == "win32" else _LINUX_PIN_RATIO
+    return int(host_total_bytes * ratio)
+
+
+def is_wsl() -> bool:
+    """Whether this is Linux inside Windows."""
+    return "microsoft" in platform.release().lower()
+
+
+def disk_free_bytes(folder: Path) -> int:
+    """Free bytes on the disk that `folder` is or will be on."""
+    existing = folder.expanduser().absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def default_cache_dir() -> Path:
+    """Where prepared weights are kept unless the config says otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "eightgig"
+
+
+def cpu_threads() -> int:
+    """Threads that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """The processor's name, or at least its kind."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from eightgig.config import Choice
+from eightgig.config import Choice, Config
+from eightgig.hardware.probe import Hardware
+from eightgig.memory import estimate
+from eightgig.memory.advice import advise
+from eightgig.memory.problem import Problem, Solution, read_problem, solve
+from eightgig.memory.reasons import explain
+from eightgig.memory.speed import SPEED_RANGE
+from eightgig.memory.workload import RowLengths as RowLengths
+from eightgig.memory.workload import measure_rows as measure_rows
+from eightgig.models.spec import DecoderSpec, ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +50,11 @@ class Plan:
         advice: What to change to make it fit, or fit better, least harm first.
         tokens_per_second: Predicted speed, None where no rates are known.
         tokens_per_second_range: Honest range of it (low, high).
+        longest_row_tokens: Longest row that would fit with the least-memory layout.
+        mapped_bytes: Tables and layers read through the page cache, beside `host_bytes`.
+        num_steps: Optimizer steps of the run, None where the number of rows is not known.
+        run_seconds, run_seconds_range: Time for all of them, None where it is not known.
+        waiting_ratio: Share of a step spent waiting for copies, None where no rates are known.
     """
 
     fits: bool
@@ -71,3 +85,116 @@ class Plan:
     advice: tuple[str, ...] = ()
     tokens_per_second: float | None = None
     tokens_per_second_range: tuple[float, float] | None = None
+    longest_row_tokens: int | None = None
+    mapped_bytes: int = 0
+    num_steps: int | None = None
+    run_seconds: float | None = None
+    run_seconds_range: tuple[float, float] | None = None
+    waiting_ratio: float | None = None
+
+
+def make_plan(
+    spec: ModelSpec | DecoderSpec,
+    hardware: Hardware,
+    config: Config,
+    *,
+    rows: RowLengths | None = None,
+    is_prepared: bool = False,
+) -> Plan:
+    """Everything that memory decides for training `spec` on `hardware` as `config` says.
+
+    A plan that does not fit is returned, not raised: `fits` is False, the layout is the one that
+    needs the least, and `advice` says what would change it.
+
+    Args:
+        spec: The model; its tensors are not needed.
+        hardware: The machine, with measured rates for a forecast that holds.
+        config: Settings; a number binds what `auto` would decide.
+        rows: What is known of the data; None: every row is as long as planned for.
+        is_prepared: Whether the prepared weights are on the disk already.
+
+    Raises:
+        ConfigError: A setting asks for what cannot be done.
+    """
+    problem = read_problem(spec, hardware, config, rows=rows, is_prepared=is_prepared)
+    solution = solve(problem)
+    return _write_plan(problem, solution)
+
+
+def _write_plan(problem: Problem, solution: Solution) -> Plan:
+    best, work, layout = solution.best, solution.work, solution.best.layout
+    slots = layout.layer_slots
+    resident = slots if slots >= estimate.slots_for_everything(work) else slots - 3
+    speed = _speed(problem, solution)
+    return Plan(
+        fits=solution.fits,
+        device=problem.hardware.device,
+        compute_dtype=work.compute_dtype,
+        budget_bytes=solution.device.total_bytes,
+        peak_bytes=best.peak_bytes,
+        breakdown=best.breakdown,
+        budget_breakdown=solution.device.parts,
+        host_bytes=best.host_bytes,
+        host_budget_bytes=solution.host.total_bytes,
+        host_breakdown=best.host,
+        disk_bytes=solution.disk_bytes,
+        layer_slots=slots,
+        resident_layers=max(0, min(work.num_layers, resident)),
+        micro_batch_tokens=layout.micro_batch_tokens,
+        micro_batches_per_visit=layout.micro_batches_per_visit,
+        max_length=work.max_length,
+        mlp_tile_tokens=layout.mlp_tile_tokens,
+        head_tile_tokens=layout.head_tile_tokens,
+        head_chunk_rows=estimate.head_chunk_rows(work),
+        checkpoints=layout.checkpoints,
+        offload=layout.offload,
+        optimizer_place="device" if estimate.is_optimizer_on_device(work) else "host",
+        host_weights=best.host_weights,
+        kernels=layout.kernels,
+        choices=explain(problem, solution),
+        advice=advise(problem, solution),
+        tokens_per_second=speed.middle,
+        tokens_per_second_range=speed.around,
+        longest_row_tokens=solution.longest_row_tokens,
+        mapped_bytes=_mapped_bytes(solution),
+        num_steps=problem.num_steps,
+        run_seconds=speed.run_seconds,
+        run_seconds_range=speed.run_around,
+        waiting_ratio=speed.waiting_ratio,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Speed:
+    middle: float | None = None
+    around: tuple[float, float] | None = None
+    run_seconds: float | None = None
+    run_around: tuple[float, float] | None = None
+    waiting_ratio: float | None = None
+
+
+def _speed(problem: Problem, solution: Solution) -> _Speed:
+    """The forecast, where rates of this device are known."""
+    rates = problem.hardware.rates
+    if rates is None:
+        return _Speed()
+    time = solution.best.time
+    low, high = SPEED_RANGE[rates.is_measured]
+    middle = time.tokens_per_second
+    run = None if problem.num_steps is None else problem.num_steps * time.seconds
+    return _Speed(
+        middle=middle,
+        around=(middle * low, middle * high),
+        run_seconds=run,
+        run_around=None if run is None else (run / high, run / low),
+        waiting_ratio=time.waiting_seconds / time.seconds,
+    )
+
+
+def _mapped_bytes(solution: Solution) -> int:
+    """Files that are read through the page cache while training."""
+    tables = estimate.table_bytes(solution.work)
+    if solution.best.host_weights != "mapped":
+        # The head has a copy of its own; embedding rows are still read from the file.
+        return tables["embedding"] + tables["ple"]
+    return sum(tables.values()) + estimate.layer_blobs_bytes(solution.work)

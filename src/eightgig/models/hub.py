@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import glob
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from eightgig.models.headers import (
     SINGLE_FILE,
     no_safetensors_error,
     read_header,
+    read_tensor_specs,
     read_weight_map,
 )
 from eightgig.models.hub_errors import explained_hub_errors
@@ -116,7 +116,7 @@ def find_model(
         cached = _find_cached_model(name, revision=revision)
         if cached is None:
             raise
-        show(f"{error.message} The copy in the hub's cache is used: {cached.path}")
+        show(f"The hub gave no answer ({error.why}) The copy in its cache is used: {cached.path}")
         return cached
     needs = disk_needs(model, store_folder=store_folder)
     if needs:
@@ -152,12 +152,15 @@ def look_up_hub_model(name: str, *, revision: str | None = None) -> HubModel:
         commit = str(info.sha)
         weights = _weight_files(name, commit, sizes)
         _refuse_missing(name, [file for file in weights if file not in sizes])
-        config = read_config(_fetch(name, commit, "config.json").parent)
+        folder = _fetch(name, commit, "config.json").parent
+        config = read_config(folder)
         parse_model_spec(config, name=name)  # another family: said before the headers are fetched
-        metadata = huggingface_hub.HfApi().get_safetensors_metadata(name, revision=commit)
-    spec = parse_model_spec(
-        config, name=name, tensors=_tensor_specs(metadata.files_metadata, sizes, set(weights))
-    )
+        if all(_is_cached(name, commit, file) for file in weights):
+            tensors = read_tensor_specs(folder)
+        else:
+            metadata = huggingface_hub.HfApi().get_safetensors_metadata(name, revision=commit)
+            tensors = _tensor_specs(metadata.files_metadata, sizes, set(weights))
+    spec = parse_model_spec(config, name=name, tensors=tensors)
     card = info.card_data
     license_name = getattr(card, "license", None)
     spec = check_model_spec(
@@ -202,16 +205,17 @@ def download_model(model: HubModel) -> ModelFolder:
         ModelError: The hub cannot be reached or refuses.
         DoesNotFitError: The disk became full.
     """
-    import huggingface_hub
+    return _download(model, model.files)
 
-    name = model.spec.name
-    with explained_hub_errors(name):
-        folder = huggingface_hub.snapshot_download(
-            name,
-            revision=model.commit,
-            allow_patterns=[glob.escape(file.name) for file in model.files],
-        )
-    return ModelFolder(name=name, path=Path(folder), commit=model.commit)
+
+def download_small_files(model: HubModel) -> ModelFolder:
+    """Fetch everything but the weights, for those who take these one by one (`iter_shards`).
+
+    Raises:
+        ModelError: The hub cannot be reached or refuses.
+        DoesNotFitError: The disk became full.
+    """
+    return _download(model, [file for file in model.files if file not in model.weight_files])
 
 
 def fetch_file(model: HubModel, file_name: str) -> Path:
@@ -262,6 +266,19 @@ def delete_file(path: Path) -> None:
         blob.unlink(missing_ok=True)
 
 
+def _download(model: HubModel, files: Sequence[HubFile]) -> ModelFolder:
+    import huggingface_hub
+
+    name = model.spec.name
+    with explained_hub_errors(name):
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=model.commit,
+            allow_patterns=[glob.escape(file.name) for file in files],
+        )
+    return ModelFolder(name=name, path=Path(folder), commit=model.commit)
+
+
 def _fetch(name: str, commit: str, file_name: str) -> Path:
     import huggingface_hub
 
@@ -290,7 +307,7 @@ def _tensor_specs(
     files: Mapping[str, Any], sizes: Mapping[str, int], weights: set[str]
 ) -> dict[str, TensorSpec]:
     """Where tensors will lie: data ends with the file, so it starts that much before its end."""
-    specs = {}
+    specs: dict[str, TensorSpec] = {}
     for file_name in sorted(weights & files.keys()):
         tensors = files[file_name].tensors
         data_bytes = max((info.data_offsets[1] for info in tensors.values()), default=0)
@@ -339,5 +356,5 @@ def _disk_need(purpose: str, folder: Path, needed_bytes: int) -> DiskNeed:
         folder=folder,
         needed_bytes=needed_bytes,
         free_bytes=shutil.disk_usage(existing).free,
-        disk=os.stat(existing).st_dev,
+        disk=existing.stat().st_dev,
     )

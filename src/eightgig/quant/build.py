@@ -8,37 +8,22 @@ checkpoint itself is mapped.
 from __future__ import annotations
 
 import errno
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from eightgig.errors import ConfigError, DoesNotFitError, RunError
 from eightgig.models.checkpoint import other_tensor_names
 from eightgig.models.layout import other_tensor_shapes
 from eightgig.models.read import WEIGHT_DTYPES
-from eightgig.models.spec import ModelSpec, linear_shapes
-from eightgig.quant.four_bit import FourBitTensor
-from eightgig.quant.layout import Quantization, layer_layout, stored_dtype
-from eightgig.quant.manifest import FORMAT_VERSION, Manifest, StoredBlob, StoredTable, StoredTensor
-from eightgig.quant.mapping import write_parts
-from eightgig.quant.nf4 import (
-    DYNAMIC_TABLE,
-    NF4_CODE,
-    NF4_TABLE,
-    dense_view,
-    dtype_of,
-    dynamic_map,
-    quantize_nf4,
-    write_quantized,
-)
+from eightgig.models.spec import ModelSpec
+from eightgig.quant.layout import Quantization
+from eightgig.quant.manifest import FORMAT_VERSION, Manifest, StoredBlob, StoredTable
 from eightgig.quant.parts import (
     OTHER_FILE,
     Part,
@@ -50,17 +35,13 @@ from eightgig.quant.parts import (
     store_key,
     store_parts,
     table_header,
-    weight_bytes,
 )
 from eightgig.quant.source import CheckpointSource
-from eightgig.run import from_json, write_json
+from eightgig.quant.writer import PartWriter, finished_path, read_finished
+from eightgig.run import write_json
 from eightgig.units import format_bytes
 
 MANIFEST_FILE = "manifest.json"
-
-Progress = Callable[[int, int], None]
-
-_TABLE_SLICE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,16 +55,26 @@ class Download:
     """
 
     folder: Path
-    fetch: Callable[[str], None]
-    delete: Callable[[str], None]
+    fetch: Callable[[str], object]
+    delete: Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinishedLayer:
-    """What is written beside a layer's file when it is complete."""
+class StoreProgress:
+    """How far a preparation is.
 
-    blob: StoredBlob
-    code_tables: Mapping[str, tuple[float, ...]]
+    Attributes:
+        model: Name of the model.
+        done_bytes: Of the checkpoint that are done, those of an earlier attempt included.
+        total_bytes: All of them.
+    """
+
+    model: str
+    done_bytes: int
+    total_bytes: int
+
+
+Progress = Callable[[StoreProgress], None]
 
 
 def prepare_store(
@@ -104,8 +95,7 @@ def prepare_store(
         quantization: How linears are kept. Those that the checkpoint holds in 4 bit stay as they
             are; with `none` its dense ones stay dense.
         device: Where to quantise.
-        progress: Called with the bytes of the checkpoint that are done and all of them; the first
-            call says what an earlier attempt had done.
+        progress: Called after each tensor; the first call says what an earlier attempt had done.
 
     Returns:
         The store's folder.
@@ -135,12 +125,18 @@ def prepare_store(
                     device=device,
                     progress=progress,
                 ).run()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # slices of other sizes than training will need
     return folder
 
 
 @dataclass(kw_only=True, slots=True)
 class _Preparation:
-    """One run over the parts of a store."""
+    """One run over the parts of a store.
+
+    Attributes:
+        source: The checkpoint, opened when its files are there; None in between.
+    """
 
     spec: ModelSpec
     checkpoint: Path | Download
@@ -151,7 +147,7 @@ class _Preparation:
     progress: Progress | None
     done_bytes: int = 0
     total_bytes: int = 0
-    source: CheckpointSource | None = field(default=None)
+    source: CheckpointSource | None = None
 
     def run(self) -> None:
         """Build what is missing, then write the manifest."""
@@ -165,8 +161,7 @@ class _Preparation:
         self._advance(self.total_bytes - sum(part.source_bytes for part in missing))
         self._drop_files(missing)
         for number, part in enumerate(missing):
-            self._open(part)
-            self._build(part)
+            self._writer(part).write(part)
             self._drop_files(missing[number + 1 :])
         self._write_manifest(parts)
 
@@ -175,18 +170,9 @@ class _Preparation:
         if not path.exists():
             return False
         if part.kind == "layer":
-            finished = self._read_finished(part)
+            finished = read_finished(self.folder, part)
             return finished is not None and path.stat().st_size == finished.blob.size_bytes
         return part.kind == "other" or path.stat().st_size == part.stored_bytes
-
-    def _read_finished(self, part: Part) -> FinishedLayer | None:
-        try:
-            return from_json(FinishedLayer, json.loads(self._finished_path(part).read_bytes()))
-        except (OSError, ValueError):
-            return None
-
-    def _finished_path(self, part: Part) -> Path:
-        return self.folder / f"{part.file}.json"
 
     def _require_disk_space(self, missing: Sequence[Part]) -> None:
         needed = {self.folder: sum(part.stored_bytes for part in missing)}
@@ -205,12 +191,21 @@ class _Preparation:
             if size_bytes > free_bytes:
                 raise _disk_too_small(self.spec, folder, size_bytes, free_bytes)
 
-    def _open(self, part: Part) -> None:
+    def _writer(self, part: Part) -> PartWriter:
+        """What writes `part`, after making sure that the files it needs are there."""
         if isinstance(self.checkpoint, Download):
             for file in part.source_files:
                 self.checkpoint.fetch(file)
         if self.source is None:
             self.source = CheckpointSource(self.spec, self.source_folder)
+        return PartWriter(
+            spec=self.spec,
+            source=self.source,
+            folder=self.folder,
+            quantization=self.quantization,
+            device=self.device,
+            advance=self._advance,
+        )
 
     def _drop_files(self, missing: Sequence[Part]) -> None:
         """Delete what no missing part needs, where the checkpoint is fetched file by file."""
@@ -226,102 +221,20 @@ class _Preparation:
     def _advance(self, size_bytes: int) -> None:
         self.done_bytes += size_bytes
         if self.progress is not None:
-            self.progress(self.done_bytes, self.total_bytes)
-
-    def _build(self, part: Part) -> None:
-        assert self.source is not None, part.file
-        if part.kind == "layer":
-            self._build_layer(self.source, part)
-        elif part.kind == "table":
-            self._build_table(self.source, part)
-        else:
-            tensors = {name: self._numbers(self.source, part, name) for name in part.names}
-            write_parts(self.folder / part.file, [safetensors.torch.save(tensors)])
-            self._advance(part.source_bytes)
-
-    def _build_layer(self, source: CheckpointSource, part: Part) -> None:
-        layer = self.spec.decoder.layers[part.index]
-        four_bit = {
-            name: stored
-            for name in linear_shapes(self.spec.decoder, layer)
-            if (stored := source.four_bit(part.names[name])) is not None
-        }
-        places, size_bytes = layer_layout(
-            self.spec.decoder,
-            layer,
-            dtype=self.spec.dtype,
-            quantization=self.quantization,
-            formats={name: stored.four_bit_format for name, stored in four_bit.items()},
-        )
-        blob = torch.zeros(size_bytes, dtype=torch.uint8)
-        tensors: dict[str, StoredTensor] = {}
-        code_tables: dict[str, tuple[float, ...]] = {}
-        for name, place in places.items():
-            tensors[name], tables = self._fill(blob, part, name, place, four_bit.get(name))
-            code_tables |= tables
-        sha256 = write_parts(self.folder / part.file, [blob])
-        stored_blob = StoredBlob(
-            file=part.file, size_bytes=size_bytes, sha256=sha256, tensors=tensors
-        )
-        finished = FinishedLayer(blob=stored_blob, code_tables=code_tables)
-        write_json(self._finished_path(part), finished)
-
-    def _fill(
-        self,
-        blob: Tensor,
-        part: Part,
-        name: str,
-        place: StoredTensor,
-        stored: FourBitTensor | None,
-    ) -> tuple[StoredTensor, Mapping[str, tuple[float, ...]]]:
-        """Put one tensor into the blob; returns what stands there, and the tables it needs."""
-        assert self.source is not None, part.file
-        full_name = part.names[name]
-        tables: Mapping[str, tuple[float, ...]] = {}
-        if place.format == "dense":
-            numbers = self._numbers(self.source, part, name)
-            dense_view(blob, place).copy_(numbers.view(place.shape))
-        elif stored is not None:
-            place = replace(write_quantized(blob, place, stored.quantized), dtype=stored.dtype)
-            tables = stored.code_tables
-        else:
-            weight = self.source.read(full_name).to(dtype_of(self.spec.dtype))
-            place = write_quantized(blob, place, quantize_nf4(weight, device=self.device))
-            tables = {NF4_TABLE: NF4_CODE, DYNAMIC_TABLE: dynamic_map()}
-        self._advance(weight_bytes(self.spec, full_name))
-        return place, tables
-
-    def _numbers(self, source: CheckpointSource, part: Part, name: str) -> Tensor:
-        """A dense tensor as it is stored: norms with the family's offset."""
-        numbers = source.numbers(part.names[name])
-        dtype = dtype_of(stored_dtype(name, self.spec.dtype))
-        if name.endswith("_norm"):
-            return numbers.to(dtype) + self.spec.decoder.norm_offset
-        return numbers.to(dtype)
-
-    def _build_table(self, source: CheckpointSource, part: Part) -> None:
-        name, full_name = next(iter(part.names.items()))
-        numbers = source.numbers(full_name)
-        dtype = dtype_of(self.spec.dtype)
-        step = max(_TABLE_SLICE_BYTES // (numbers.shape[1] * dtype.itemsize), 1)
-        slice_bytes = part.source_bytes * step // numbers.shape[0]
-
-        def pieces() -> Iterator[Tensor | bytes]:
-            yield table_header(self.spec, name)
-            for first_row in range(0, numbers.shape[0], step):
-                yield numbers[first_row : first_row + step].to(dtype)
-                self._advance(min(slice_bytes, end_bytes - self.done_bytes))
-
-        end_bytes = self.done_bytes + part.source_bytes
-        write_parts(self.folder / part.file, pieces())
-        self._advance(end_bytes - self.done_bytes)
+            self.progress(
+                StoreProgress(
+                    model=self.spec.name,
+                    done_bytes=self.done_bytes,
+                    total_bytes=self.total_bytes,
+                )
+            )
 
     def _write_manifest(self, parts: Sequence[Part]) -> None:
         blobs: list[StoredBlob] = []
         code_tables: dict[str, tuple[float, ...]] = {}
         for part in parts:
             if part.kind == "layer":
-                finished = self._read_finished(part)
+                finished = read_finished(self.folder, part)
                 assert finished is not None, f"{part.file} was written without its description"
                 blobs.append(finished.blob)
                 code_tables |= finished.code_tables
@@ -341,7 +254,7 @@ class _Preparation:
         write_json(self.folder / MANIFEST_FILE, manifest)
         for part in parts:
             if part.kind == "layer":
-                self._finished_path(part).unlink()
+                finished_path(self.folder, part).unlink()
 
     def _table(self, name: str, parts: Sequence[Part]) -> StoredTable:
         rows, columns = other_tensor_shapes(self.spec.decoder)[name]

@@ -119,7 +119,7 @@ def quantize_nf4(
 
     device = weight.device if device is None else device
     flat = weight.reshape(-1)
-    step = _GPU_SLICE if device.type == "cuda" else 8 * _CPU_SLICE
+    step = _GPU_SLICE if device.type == "cuda" else _CPU_SLICE
     codes, absmax = [], []
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step].to(device)

@@ -10,6 +10,7 @@ import json
 import os
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -23,7 +24,11 @@ from eightgig.quant.layout import ITEM_BYTES
 from eightgig.quant.manifest import FORMAT_VERSION, Manifest, StoredTable
 from eightgig.quant.mapping import map_file, tensor_bytes
 from eightgig.quant.nf4 import dtype_of
+from eightgig.quant.parts import store_key
 from eightgig.run import from_json
+
+if TYPE_CHECKING:
+    from eightgig.models.find import FoundModel
 
 
 class Store:
@@ -128,7 +133,7 @@ def open_store(
     checkpoint: Path | Download,
     config: ModelConfig,
     *,
-    device: torch.device,
+    device: torch.device | str,
     progress: Progress | None = None,
 ) -> Store:
     """The store of a model, prepared first if it is not there.
@@ -153,22 +158,31 @@ def open_store(
             why="It deletes what was downloaded; this model is a folder of yours.",
             fix="Remove `model.delete_download`, or set `model.name` to a hub id.",
         )
-    cache_dir = default_cache_dir() if config.cache_dir == AUTO else Path(config.cache_dir)
     folder = prepare_store(
         spec,
         checkpoint,
-        cache_dir=cache_dir.expanduser(),
+        cache_dir=store_folder(config),
         quantization=config.quantization,
-        device=device,
+        device=torch.device(device),
         progress=progress,
     )
     return Store.open(folder)
 
 
-def default_cache_dir() -> Path:
-    """Where stores are kept if nothing else is set: the user's cache folder, /eightgig."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "eightgig"
+def is_prepared(found: FoundModel, config: ModelConfig) -> bool:
+    """Whether `open_store` would find the store of `found` complete."""
+    key = store_key(
+        found.spec, found.folder, config.quantization, copies_tables=found.hub is not None
+    )
+    return (store_folder(config) / key / MANIFEST_FILE).exists()
+
+
+def store_folder(config: ModelConfig) -> Path:
+    """The folder of all stores: the configured one, or /eightgig in the user's cache folder."""
+    if config.cache_dir != AUTO:
+        return Path(config.cache_dir).expanduser()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "eightgig"
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -34,6 +34,6 @@ class WaitMeter:
         """Seconds waited since the last call; blocks until the last wait is over."""
         if self._waits:
             self._waits[-1][1].synchronize()
-        milliseconds = sum(before.elapsed_time(after) for before, after in self._waits)
+        milliseconds: float = sum(before.elapsed_time(after) for before, after in self._waits)
         self._waits.clear()
         return milliseconds / 1000

@@ -1,17 +1,24 @@
 """The settings: one frozen dataclass per group, one sentence per setting.
 
 Names are those of TRL/Transformers and PEFT where a setting is theirs. `auto` means that the
-planner decides and says why; a number binds it.
+planner decides and says why; a number binds it. The sentence beneath a field is its help
+everywhere: on the command line, in the example file and in the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
+
+DEMO_MODEL = "demo"
+
+SIZE = "size"
+"""Marks settings that are bytes inside and may be written `8GiB`."""
+Size = Annotated[int, SIZE]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +122,7 @@ class TrainConfig:
     warmup_ratio: float = 0.03
     """Share of all steps over which the learning rate rises."""
     warmup_steps: int = 0
-    """Steps of warm-up; overrides warmup_ratio when positive."""
+    """Steps of warm-up, instead of warmup_ratio; 0 leaves it to warmup_ratio."""
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
     """AdamW in float32 on the host, or bitsandbytes' 8-bit AdamW on the GPU (paged or not)."""
     weight_decay: float = 0.0
@@ -142,9 +149,9 @@ class MemoryConfig:
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to compute; auto takes the GPU if there is one."""
-    budget: int | Auto = AUTO
+    budget: Size | Auto = AUTO
     """Bytes the CUDA allocator may reserve (8GiB, 6750MiB); auto measures the card."""
-    host_budget: int | Auto = AUTO
+    host_budget: Size | Auto = AUTO
     """Bytes of host memory for weights, checkpoints and optimizer; auto measures."""
     layer_slots: int | Auto = AUTO
     """Decoder layers (and head chunks) held on the GPU at a time; all of them = resident."""

@@ -1,107 +1,15 @@
-"""The run folder: its paths, its files, and records to and from JSON.
-
-Layout: `config.yaml, plan.json, environment.json, metrics.jsonl, events.jsonl, log.txt,
-checkpoints/step-000120/, adapter/, report.html`. Nothing here knows what a training is.
-"""
+"""Records to plain JSON and back, with every field's type checked on the way."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 RecordT = TypeVar("RecordT")
-EventKind = Literal["eval", "guard", "oom", "save", "plan", "trial", "resume", "stop"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """A run folder and where its parts lie."""
-
-    folder: Path
-
-    @property
-    def config_path(self) -> Path:
-        """The settings, with absolute paths."""
-        return self.folder / "config.yaml"
-
-    @property
-    def plan_path(self) -> Path:
-        """The plan the run was started with."""
-        return self.folder / "plan.json"
-
-    @property
-    def environment_path(self) -> Path:
-        """Machine and versions."""
-        return self.folder / "environment.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        """One StepReport per optimizer step."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def events_path(self) -> Path:
-        """One Event per evaluation, guard, out-of-memory detour and save."""
-        return self.folder / "events.jsonl"
-
-    @property
-    def log_path(self) -> Path:
-        """What the terminal showed."""
-        return self.folder / "log.txt"
-
-    @property
-    def checkpoints_path(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
-
-    @property
-    def adapter_path(self) -> Path:
-        """Folder of the trained adapter in PEFT's format."""
-        return self.folder / "adapter"
-
-    @property
-    def report_path(self) -> Path:
-        """The report for people."""
-        return self.folder / "report.html"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Event:
-    """One line of events.jsonl: something other than an optimizer step happened."""
-
-    step: int
-    kind: EventKind
-    values: Mapping[str, Any]
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` beside `path`, flush it to the disk and rename it over `path`."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` (a record or plain JSON) to `path` atomically."""
-    write_atomically(path, json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
-
-
-def append_json_line(path: Path, value: Any) -> None:
-    """Append `value` (a record or plain JSON) as one line to `path`."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(to_json(value), ensure_ascii=False) + "\n")
 
 
 def to_json(value: Any) -> Any:

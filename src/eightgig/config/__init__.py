@@ -1,0 +1,44 @@
+"""The settings: their dataclasses, and reading, checking, describing and writing them."""
+
+from eightgig.config.check import is_safe_name
+from eightgig.config.describe import Setting, describe_groups, describe_settings
+from eightgig.config.read import read_config, setting_groups
+from eightgig.config.settings import (
+    AUTO,
+    DEMO_MODEL,
+    Auto,
+    Choice,
+    Config,
+    DataConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from eightgig.config.start import starting_values
+from eightgig.config.write import example_config, write_config, write_example
+
+__all__ = [
+    "AUTO",
+    "DEMO_MODEL",
+    "Auto",
+    "Choice",
+    "Config",
+    "DataConfig",
+    "LoraConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "RunConfig",
+    "Setting",
+    "TrainConfig",
+    "describe_groups",
+    "describe_settings",
+    "example_config",
+    "is_safe_name",
+    "read_config",
+    "setting_groups",
+    "starting_values",
+    "write_config",
+    "write_example",
+]

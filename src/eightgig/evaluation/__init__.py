@@ -1,0 +1,1 @@
+"""Whether the tuned model is better."""

@@ -1,0 +1,203 @@
+"""Predicted and measured side by side: for a run, and for the table the formulas are held to."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from eightgig.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from eightgig.memory.estimate import Layout, device_bytes
+from eightgig.memory.plan import Plan
+from eightgig.memory.workload import build_workload
+from eightgig.models.spec import DecoderSpec, ModelSpec
+from eightgig.run import from_json
+
+# What the planner owes its users, as ratios of the measured value.
+MEDIAN_EXCESS_RATIO = 0.03
+WORST_EXCESS_RATIO = 0.06
+SPEED_RATIO = 0.15
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Correction:
+    """What the first steps of a run say about its plan; written to the run's events.
+
+    Attributes:
+        predicted_peak_bytes, measured_peak_bytes: Most that the allocator reserved.
+        peak_excess_ratio: (predicted - measured) / measured; negative: the plan was too low.
+        predicted_tokens_per_second: None where no rates were known.
+        measured_tokens_per_second: Median of the steps.
+        speed_ratio: Measured over predicted.
+        run_seconds: Time of the whole run at the measured speed, None where it is not known.
+        is_peak_too_low: The plan promised less than was taken.
+        is_speed_off: Further off than promised.
+    """
+
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    peak_excess_ratio: float | None
+    predicted_tokens_per_second: float | None
+    measured_tokens_per_second: float | None
+    speed_ratio: float | None
+    run_seconds: float | None
+    is_peak_too_low: bool
+    is_speed_off: bool
+
+
+def compare_with_plan(
+    plan: Plan, *, peak_bytes: int, tokens_per_second: Sequence[float]
+) -> Correction:
+    """Compare `plan` with what its first optimizer steps took.
+
+    Args:
+        plan: The prediction.
+        peak_bytes: Most bytes the allocator reserved; 0 on a CPU, where nothing counts them.
+        tokens_per_second: Of each step after the first, which pays for compiling and filling.
+    """
+    measured = statistics.median(tokens_per_second) if tokens_per_second else None
+    predicted = plan.tokens_per_second
+    speed = measured / predicted if measured is not None and predicted else None
+    run_seconds = plan.run_seconds
+    if run_seconds is not None and speed:
+        run_seconds /= speed
+    excess = (plan.peak_bytes - peak_bytes) / peak_bytes if peak_bytes else None
+    return Correction(
+        predicted_peak_bytes=plan.peak_bytes,
+        measured_peak_bytes=peak_bytes,
+        peak_excess_ratio=excess,
+        predicted_tokens_per_second=predicted,
+        measured_tokens_per_second=measured,
+        speed_ratio=speed,
+        run_seconds=run_seconds,
+        is_peak_too_low=excess is not None and excess < 0,
+        is_speed_off=speed is not None and abs(speed - 1) > SPEED_RATIO,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredPeak:
+    """One run of the table `measured_peaks.jsonl`.
+
+    Attributes:
+        model: Name of the shape.
+        tokens: N, tokens of a micro-batch (one row).
+        micro_batches: Of an optimizer step.
+        per_visit: G, of a visit.
+        rank: r on the seven linears.
+        placement: `streamed`, `half` or `resident`.
+        layer_slots: Slots that this meant.
+        mlp_tile_tokens, head_tile_tokens: Tiles.
+        checkpoints: Where layer inputs waited.
+        offload: Outputs kept instead of recomputed.
+        optim: As in the config.
+        kernels: `triton` or `plain`.
+        predicted_bytes: By the formulas of the commit that measured.
+        measured_bytes: Most that the allocator reserved.
+        predicted_tokens_per_second, measured_tokens_per_second: None where not compared.
+        used_for_tuning: Whether a formula was changed because of this row.
+        machine, versions, date: Where and when.
+    """
+
+    model: str
+    tokens: int
+    micro_batches: int = 1
+    per_visit: int = 1
+    rank: int
+    placement: Literal["streamed", "half", "resident"]
+    layer_slots: int
+    mlp_tile_tokens: int
+    head_tile_tokens: int
+    checkpoints: Literal["device", "host"]
+    offload: tuple[str, ...] = ()
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
+    kernels: Literal["triton", "plain"] = "triton"
+    predicted_bytes: int
+    measured_bytes: int
+    predicted_tokens_per_second: float | None = None
+    measured_tokens_per_second: float | None = None
+    used_for_tuning: bool
+    machine: str
+    versions: str
+    date: str
+
+
+def read_measured_peaks(path: Path) -> tuple[MeasuredPeak, ...]:
+    """The rows of `measured_peaks.jsonl`.
+
+    Raises:
+        ValueError: A line is not a row.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return tuple(from_json(MeasuredPeak, json.loads(line)) for line in lines if line.strip())
+
+
+def predict_peak(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> int:
+    """Today's forecast for the run of `row`, which trained `spec` on rows of one length."""
+    config = Config(
+        model=ModelConfig(name=row.model),
+        data=DataConfig(path=""),
+        lora=LoraConfig(r=row.rank),
+        train=TrainConfig(optim=row.optim, gradient_accumulation_steps=row.micro_batches),
+    )
+    work = build_workload(spec, config, max_length=row.tokens)
+    layout = Layout(
+        micro_batch_tokens=row.tokens,
+        micro_batches_per_visit=row.per_visit,
+        layer_slots=row.layer_slots,
+        mlp_tile_tokens=row.mlp_tile_tokens,
+        head_tile_tokens=row.head_tile_tokens,
+        checkpoints=row.checkpoints,
+        kernels=row.kernels,
+        offload=row.offload,
+        has_large_workspace="H100" in row.machine,
+    )
+    return sum(device_bytes(work, layout).values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """How well predictions hold over a table.
+
+    Attributes:
+        num_rows, num_unseen: Rows, and those that no formula was tuned on.
+        median_excess_ratio, worst_excess_ratio: Of predicted over measured.
+        too_low: Rows whose prediction was below the measured peak.
+    """
+
+    num_rows: int
+    num_unseen: int
+    median_excess_ratio: float
+    worst_excess_ratio: float
+    too_low: tuple[MeasuredPeak, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether predictions are never low and seldom high."""
+        return (
+            not self.too_low
+            and self.median_excess_ratio <= MEDIAN_EXCESS_RATIO
+            and self.worst_excess_ratio <= WORST_EXCESS_RATIO
+        )
+
+
+def judge_peaks(rows: Sequence[MeasuredPeak], predicted_bytes: Sequence[int]) -> Accuracy:
+    """How `predicted_bytes`, made by today's formulas, compare with the rows' measurements.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    if not rows:
+        raise ValueError("there are no measured rows")
+    pairs = list(zip(rows, predicted_bytes, strict=True))
+    excess = [predicted / row.measured_bytes - 1 for row, predicted in pairs]
+    return Accuracy(
+        num_rows=len(rows),
+        num_unseen=sum(not row.used_for_tuning for row in rows),
+        median_excess_ratio=statistics.median(excess),
+        worst_excess_ratio=max(excess),
+        too_low=tuple(row for row, predicted in pairs if predicted < row.measured_bytes),
+    )

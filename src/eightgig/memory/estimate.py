@@ -1,0 +1,486 @@
+"""Bytes that training takes, item by item, as small pure functions.
+
+Every formula has its derivation beside it and a row in `tests/data/measured_peaks.jsonl` that it
+must not fall below. Letters: N tokens of a micro-batch, G micro-batches per visit, T tokens of an
+MLP tile, D hidden, Q and KV columns of queries and of keys (or values), F feed-forward, R rank of
+a group (rounded up), L layers, V vocabulary, e bytes of an element in the compute dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from eightgig.memory.layers import LayerSize
+from eightgig.memory.workload import Workload
+from eightgig.units import KIB, MIB
+
+SLOT_ROUNDING_BYTES = 2 * MIB
+RING_SLOTS = 3
+HEAD_CHUNK_MULTIPLE = 256
+GRADIENT_BUFFERS = 2
+CHECKPOINT_STAGING = 3
+HEAD_BYTES = 2  # the head stays bfloat16, as in the checkpoint
+# bitsandbytes keeps the states of smaller tensors in float32.
+SMALLEST_8BIT_ELEMENTS = 4096
+# torch gives cuBLAS 32 MiB on Hopper and 8.125 MiB elsewhere.
+CUBLAS_BYTES = {True: 32 * MIB, False: 8 * MIB + 128 * KIB}
+# Small tensors share 2 MiB and 20 MiB segments, of which the last is never full.
+SMALL_SEGMENT_BYTES = 22 * MIB
+# Freed blocks do not fit the next request exactly: share of what comes and goes in a step.
+FRAGMENTATION_RATIO = 0.06
+# torch, its libraries and Python in main memory, with a CUDA context and without.
+PROCESS_BYTES = {True: 1536 * MIB, False: 640 * MIB}
+EXPERTS_AT_A_TIME = 16
+# Positions, places of labels, losses and their sums, per token.
+INDEX_BYTES = 40
+# float32 sums of two gradients, 64 keys, four programs on each of 132 processors.
+SPLIT_BYTES_PER_COLUMN = 2 * 4 * 64 * 4 * 132
+# Runs of pinned memory are powers of two; the last arena is not full.
+PINNED_ARENA_BYTES = 512 * MIB
+PINNED_ROUNDING = 2
+# Memory that is not pinned goes through two pinned buffers.
+BOUNCE_BYTES = 2 * 64 * MIB
+
+HostWeights = Literal["pinned", "pageable", "mapped"]
+BREAKDOWN_ITEMS = (
+    "layer_slots",
+    "resident_layers",
+    "dequant_scratch",
+    "lora",
+    "optimizer",
+    "hidden",
+    "checkpoints",
+    "attention",
+    "mlp",
+    "head",
+    "allocator_slack",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """What the planner decides about memory; the fields are those of `Plan`."""
+
+    micro_batch_tokens: int
+    micro_batches_per_visit: int
+    layer_slots: int
+    mlp_tile_tokens: int
+    head_tile_tokens: int
+    checkpoints: Literal["device", "host"]
+    kernels: Literal["triton", "plain"]
+    offload: tuple[str, ...] = ()
+    has_large_workspace: bool = False
+
+    @property
+    def visit_tokens(self) -> int:
+        """Tokens that pass a layer in one visit."""
+        return self.micro_batch_tokens * self.micro_batches_per_visit
+
+
+def device_bytes(work: Workload, layout: Layout) -> dict[str, int]:
+    """What the device must hold at the worst moment of a step, by item.
+
+    `attention`, `mlp` and `head` use the same memory one after another; each is what it needs
+    beyond the ones before it, so that the items add up to the peak.
+    """
+    ring, resident = slot_items(work, layout)
+    attention = max(attention_visit_bytes(work, layer, layout) for layer in work.layers)
+    mlp = max(mlp_visit_bytes(work, layer, layout) for layer in work.layers)
+    outside = max(head_bytes(work, layout), embedding_bytes(work, layout))
+    transient = max(attention, mlp, outside)
+    items = {
+        "layer_slots": ring,
+        "resident_layers": resident,
+        "dequant_scratch": scratch_bytes(work),
+        "lora": lora_device_bytes(work),
+        "optimizer": optimizer_device_bytes(work),
+        "hidden": hidden_bytes(work, layout),
+        "checkpoints": checkpoint_device_bytes(work, layout),
+        "attention": attention,
+        "mlp": max(0, mlp - attention),
+        "head": max(0, outside - max(attention, mlp)),
+    }
+    items["allocator_slack"] = slack_bytes(work, layout, transient)
+    return items
+
+
+def slot_bytes(work: Workload) -> int:
+    """One slot: the largest layer's blob and, behind it, its adapter as GEMMs use it.
+
+    With an optimizer on the GPU the adapter is there already and does not travel.
+    """
+    item = 0 if is_optimizer_on_device(work) else work.element_bytes
+    largest = max(layer.blob_bytes + layer.copy_elements * item for layer in work.layers)
+    return _round_up(largest, SLOT_ROUNDING_BYTES)
+
+
+def head_chunk_rows(work: Workload) -> int:
+    """Rows of the (V, D) head that fit a slot."""
+    rows = slot_bytes(work) // (HEAD_BYTES * work.decoder.hidden_size)
+    whole = rows // HEAD_CHUNK_MULTIPLE * HEAD_CHUNK_MULTIPLE
+    return min(work.decoder.vocab_size, max(HEAD_CHUNK_MULTIPLE, whole))
+
+
+def num_head_chunks(work: Workload) -> int:
+    """Visits of slots that the head takes."""
+    return -(-work.decoder.vocab_size // head_chunk_rows(work))
+
+
+def slots_for_everything(work: Workload) -> int:
+    """Slots with which nothing is copied any more after the first step."""
+    return work.num_layers + num_head_chunks(work)
+
+
+def slot_items(work: Workload, layout: Layout) -> tuple[int, int]:
+    """Bytes of the slots that turn over, and of those that in effect keep a layer."""
+    ring = min(layout.layer_slots, RING_SLOTS)
+    return ring * slot_bytes(work), (layout.layer_slots - ring) * slot_bytes(work)
+
+
+def scratch_bytes(work: Workload) -> int:
+    """The whole layer dequantised: for each group [W | B] over [A | -], (out + R) x (in + R)."""
+    largest = max(layer.scratch_elements for layer in work.layers)
+    experts = 0
+    if work.decoder.num_experts:
+        decoder = work.decoder
+        experts = EXPERTS_AT_A_TIME * 3 * decoder.expert_size * decoder.hidden_size
+    return (largest + experts) * work.element_bytes
+
+
+def is_optimizer_on_device(work: Workload) -> bool:
+    """Whether masters and moments of the adapter live on the GPU."""
+    return work.has_device and work.optim != "adamw_torch"
+
+
+def lora_device_bytes(work: Workload) -> int:
+    """float32 gradients of one layer, twice, so that one is sent while the next is summed.
+
+    With the optimizer on the device: masters, gradients and compute copies of all layers (on a
+    CPU `optimizer` has the first two).
+    """
+    if is_optimizer_on_device(work):
+        return 2 * 4 * work.master_elements + adapter_copy_bytes(work)
+    if not work.has_device:
+        return adapter_copy_bytes(work)
+    return GRADIENT_BUFFERS * 4 * max(layer.master_elements for layer in work.layers)
+
+
+def adapter_copy_bytes(work: Workload) -> int:
+    """A and B of every layer as GEMMs use them: R (in + out) per group."""
+    elements = sum(layer.count * layer.copy_elements for layer in work.layers)
+    return elements * work.element_bytes
+
+
+def optimizer_state_bytes(work: Workload) -> int:
+    """Two moments: a byte each with a float32 maximum per 256 elements, or 4 bytes each."""
+    elements = work.master_elements
+    if work.optim == "adamw_torch":
+        return 2 * 4 * elements
+    # One flat tensor per layer; too small ones stay float32.
+    small = all(layer.master_elements < SMALLEST_8BIT_ELEMENTS for layer in work.layers)
+    return 2 * 4 * elements if small else 2 * elements + 2 * 4 * -(-elements // 256)
+
+
+def optimizer_device_bytes(work: Workload) -> int:
+    """Moments inside the allocator; on a CPU masters and gradients, too.
+
+    Paged moments are managed memory, outside the allocator: see `managed_bytes`.
+    """
+    if not work.has_device:
+        return optimizer_state_bytes(work) + 2 * 4 * work.master_elements
+    return optimizer_state_bytes(work) if work.optim == "adamw_8bit" else 0
+
+
+def managed_bytes(work: Workload) -> int:
+    """Moments in managed memory: the driver moves them to the card outside the allocator's cap."""
+    if work.has_device and work.optim == "paged_adamw_8bit":
+        return optimizer_state_bytes(work)
+    return 0
+
+
+def hidden_bytes(work: Workload, layout: Layout) -> int:
+    """Hidden states, later their gradients, of all G micro-batches, G N D, and what goes with them.
+
+    Rotary cos and sin, float32, hd/2 each for every head_dim; K and V of the layers that others
+    attend to, with float32 gradients; per-layer inputs N L P and the (L P, D) projection that
+    makes their context part; the head's gradient at labelled tokens n D; hashes for dropout.
+    """
+    decoder, tokens, item = work.decoder, layout.visit_tokens, work.element_bytes
+    stream = tokens * decoder.hidden_size * work.stream_bytes
+    rotary = tokens * 4 * sum({layer.shape.head_dim for layer in work.layers})
+    shared = sum(
+        layer.count * tokens * 2 * layer.kv_size * (item + 4)
+        for layer in work.layers
+        if layer.is_kv_source
+    )
+    width = decoder.num_layers * decoder.ple_size
+    per_layer = width * (tokens + decoder.hidden_size) * item
+    labelled = min(tokens, work.step_loss_tokens) * decoder.hidden_size * item
+    hashes = 8 * tokens if work.has_dropout else 0
+    per_token = INDEX_BYTES * tokens
+    return stream + rotary + shared + per_layer + labelled + hashes + per_token
+
+
+def embedding_bytes(work: Workload, layout: Layout) -> int:
+    """Making a micro-batch's per-layer inputs beside its embedding.
+
+    Products, rows and sums of N L P: five in the compute dtype, three in float32.
+    """
+    decoder, tokens = work.decoder, layout.micro_batch_tokens
+    width = decoder.num_layers * decoder.ple_size
+    embedded = tokens * decoder.hidden_size * 2 * work.stream_bytes
+    return embedded + tokens * width * (5 * work.element_bytes + 3 * 4)
+
+
+def checkpoint_bytes(work: Workload, layout: Layout) -> int:
+    """Every layer's input of all G micro-batches: L G N D."""
+    return work.num_layers * layout.visit_tokens * work.decoder.hidden_size * work.stream_bytes
+
+
+def checkpoint_device_bytes(work: Workload, layout: Layout) -> int:
+    """All of them, or three on their way to or from the host."""
+    if layout.checkpoints == "device":
+        return checkpoint_bytes(work, layout)
+    per_layer = layout.micro_batch_tokens * work.decoder.hidden_size * work.stream_bytes
+    staged = CHECKPOINT_STAGING * offload_columns(work, layout.offload) * work.element_bytes
+    return CHECKPOINT_STAGING * per_layer + staged * layout.micro_batch_tokens
+
+
+def offload_columns(work: Workload, offload: tuple[str, ...]) -> int:
+    """Columns per token that a layer sends to the host instead of recomputing, widest layer."""
+    return max(_layer_offload_columns(work, layer, offload) for layer in work.layers)
+
+
+def _layer_offload_columns(work: Workload, layer: LayerSize, offload: tuple[str, ...]) -> int:
+    hidden = work.decoder.hidden_size
+    columns = {
+        "down_proj": hidden,
+        "o_proj": hidden,
+        "attention": layer.query_size + 2 * layer.shape.num_heads,
+        "gate_up": layer.gate_up.out_size,
+        "qkv": layer.qkv.out_size,
+    }
+    return sum(columns[name] for name in offload)
+
+
+def attention_saved_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
+    """What the attention half keeps for its backward pass, for a whole micro-batch.
+
+    Normed input D + R, projection, q, own k and v, output Q + R, log-sum-exp (float32, per head),
+    projected output D.
+    """
+    hidden = work.decoder.hidden_size
+    columns = hidden + layer.qkv.rank + layer.qkv.out_size + layer.query_size
+    columns += layer.query_size + layer.o.rank + hidden
+    if layer.shape.has_k_proj:
+        columns += 2 * layer.kv_size
+    tokens = layout.micro_batch_tokens
+    return tokens * (columns * work.element_bytes + 4 * layer.shape.num_heads)
+
+
+def attention_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
+    """The backward visit's attention half: what is kept, the incoming gradient D, and the worst of
+
+    - attention: gradients of output and q, 2 Q, of k and v, 2 KV, and the kernel's workspace;
+    - input projection: gradients of q, k, v, of the projection (+ R), of its input and the result.
+
+    The gradient of the output projection, D + R, lives through both.
+    """
+    hidden, item = work.decoder.hidden_size, work.element_bytes
+    tokens, kv = layout.micro_batch_tokens, 2 * layer.kv_size
+    attention = 2 * layer.query_size + kv
+    inputs = layer.query_size + kv + layer.qkv.out_size + layer.qkv.rank + hidden
+    worst = max(
+        tokens * attention * item + attention_workspace_bytes(work, layer, layout),
+        tokens * (inputs * item + hidden * work.stream_bytes),
+    )
+    saved = attention_saved_bytes(work, layer, layout) + tokens * hidden * work.stream_bytes
+    saved += tokens * (hidden + layer.o.rank) * item
+    widest = max(hidden, layer.query_size)
+    return saved + worst + unfused_bytes(work, layout, tokens, widest)
+
+
+def attention_workspace_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
+    """Inside the attention kernel's backward pass.
+
+    FlashAttention (head_dim up to 256): float32 sums of the queries' gradient, N Q, and K and V
+    gradients per query head where heads share them. Ours: a float32 per head and token, and
+    float32 sums of the gradients of k and v by split, no more than query heads and no more than
+    fill the card. Plain: five float32 copies of the scores of 256 queries, and float32 sums.
+    """
+    shape, tokens = layer.shape, layout.micro_batch_tokens
+    shares = shape.num_heads != shape.num_kv_heads
+    flash = tokens * layer.query_size * (4 + (2 * work.element_bytes if shares else 0))
+    splits = min(8 * tokens * layer.query_size, SPLIT_BYTES_PER_COLUMN * shape.head_dim)
+    fused = flash if shape.head_dim <= 256 else 4 * tokens * shape.num_heads + splits
+    if layout.kernels == "triton":
+        return fused
+    keys = min(work.max_length, (shape.sliding_window or work.max_length) + 256)
+    plain = 5 * 4 * shape.num_heads * 256 * keys + tokens * 2 * layer.kv_size * 4
+    return max(plain, fused) if work.has_device else plain
+
+
+def mlp_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
+    """The MLP half of a visit: what attention keeps, its output D, one more D, and a tile.
+
+    Backward the one more is the gradient of attention's output; forward it is the layer's output,
+    and up to `CHECKPOINT_STAGING` layer inputs are on their way to the host.
+    """
+    hidden = work.decoder.hidden_size
+    stream = layout.micro_batch_tokens * hidden * work.stream_bytes
+    kept, worst = mlp_tile_bytes(work, layer, layout)
+    leaving = CHECKPOINT_STAGING * stream if layout.checkpoints == "host" else 0
+    saved = attention_saved_bytes(work, layer, layout)
+    return saved + 2 * stream + kept + max(worst, leaving)
+
+
+def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[int, int]:
+    """One tile of T tokens: what its forward keeps, and what its backward adds.
+
+    Kept: normed input D + R, gate and up 2 F, product F + R, output of down D, of the layer D.
+    Added: gradient of the residual D and of down's output D + R; gradients of the product F and of
+    gate and up 2 F + R, or the latter with those of the input and the result, 2 D.
+    """
+    decoder, item = work.decoder, work.element_bytes
+    hidden, feed_forward = decoder.hidden_size, layer.shape.intermediate_size
+    tokens = min(layout.mlp_tile_tokens, layout.micro_batch_tokens)
+    kept = 2 * hidden + layer.gate_up.rank + 3 * feed_forward + layer.down.rank
+    worst = 2 * feed_forward + layer.gate_up.rank + max(feed_forward, 2 * hidden)
+    worst += hidden + layer.down.rank
+    if decoder.ple_size:
+        kept += 2 * decoder.ple_size + hidden
+        worst += 2 * decoder.ple_size + 2 * hidden
+    experts = decoder.num_active_experts * (2 * hidden + 3 * decoder.expert_size)
+    unfused = unfused_bytes(work, layout, tokens, max(hidden, feed_forward))
+    streams = tokens * hidden * work.stream_bytes
+    return (
+        tokens * (kept + experts) * item + streams,
+        tokens * (worst + experts) * item + streams + unfused,
+    )
+
+
+def unfused_bytes(work: Workload, layout: Layout, tokens: int, columns: int) -> int:
+    """Copies of (tokens, columns) that are not made where kernels are fused.
+
+    Norms, rotations and activations in plain PyTorch: up to eight float32 copies. Dropout: dropped
+    inputs, the gradient through them and its masked copy; plain, 64-bit hashes as well.
+    """
+    is_plain = layout.kernels == "plain"
+    per_element = 8 * 4 if is_plain else 0
+    if work.has_dropout:
+        per_element += 3 * work.element_bytes + (4 * 8 if is_plain else 0)
+    return tokens * columns * per_element
+
+
+def head_bytes(work: Workload, layout: Layout) -> int:
+    """Loss of the n labelled tokens of a visit, and the gradient of all hidden states G N D.
+
+    All along: states before and after joining the micro-batches, rows of the labels, 3 n D (the
+    gradient takes the place of one of them), and float32 sums U, n D. In the pass over the vocabulary, for a tile of t tokens and C rows:
+    float32 logits and their weights; plain code makes seven more copies; a chunk in another dtype
+    than the computation's is converted. At the end: three float32 copies of n D.
+    """
+    hidden, item = work.decoder.hidden_size, work.element_bytes
+    tokens = min(layout.visit_tokens, work.step_loss_tokens)
+    rows, tile = head_chunk_rows(work), min(layout.head_tile_tokens, tokens)
+    logits = tile * rows * (4 + item + (28 if layout.kernels == "plain" else 0))
+    converted = 0 if work.compute_dtype == "bfloat16" else rows * hidden * item
+    end = tokens * hidden * 3 * 4
+    kept = tokens * hidden * (3 * item + 4)
+    gradient = layout.visit_tokens * hidden * work.stream_bytes
+    return kept + max(logits + converted, end, gradient)
+
+
+def slack_bytes(work: Workload, layout: Layout, transient_bytes: int) -> int:
+    """What the allocator reserves beyond what is asked for."""
+    fragments = int(transient_bytes * FRAGMENTATION_RATIO)
+    if not work.has_device:
+        return fragments + PROCESS_BYTES[False]
+    return fragments + SMALL_SEGMENT_BYTES + CUBLAS_BYTES[layout.has_large_workspace]
+
+
+def layer_blobs_bytes(work: Workload) -> int:
+    """All stored layers."""
+    return sum(layer.count * layer.blob_bytes for layer in work.layers)
+
+
+def table_bytes(work: Workload) -> dict[str, int]:
+    """Tables that stay on disk and are read through the page cache."""
+    decoder = work.decoder
+    rows = head_table_bytes(work)
+    ple = decoder.vocab_size * decoder.num_layers * decoder.ple_size * HEAD_BYTES
+    head = 0 if decoder.tie_word_embeddings else rows
+    return {"embedding": rows, "head": head, "ple": ple}
+
+
+def host_bytes(work: Workload, layout: Layout, host_weights: HostWeights) -> dict[str, int]:
+    """Main memory that cannot be given back, by item; mapped files are not in it.
+
+    Layers and the head, unless they are mapped. Adapter: masters, gradients and two moments in
+    float32, and the compute copies; with an optimizer on the GPU, a copy of masters and moments
+    while they are saved. Checkpoints: every layer's input, in arenas. Staging: the rows of two
+    groups of micro-batches, gathered for the device.
+    """
+    on_device = is_optimizer_on_device(work)
+    is_copied = host_weights != "mapped"
+    waiting = checkpoint_bytes(work, layout) + PINNED_ARENA_BYTES
+    items = {
+        "layers": layer_blobs_bytes(work) if is_copied else 0,
+        "head": head_table_bytes(work) if is_copied else 0,
+        "adapter": (3 if on_device else 4) * 4 * work.master_elements,
+        "adapter_copies": 0 if on_device else adapter_copy_bytes(work),
+        "checkpoints": waiting if layout.checkpoints == "host" else 0,
+        "offload": offload_host_bytes(work, layout),
+        "managed_optimizer": managed_bytes(work),
+        "staging": row_bytes(work, layout) + (0 if host_weights == "pinned" else BOUNCE_BYTES),
+        "process": PROCESS_BYTES[True],
+    }
+    return {name: size for name, size in items.items() if size}
+
+
+def row_bytes(work: Workload, layout: Layout) -> int:
+    """Rows of the embedding and the per-layer table for two groups of micro-batches, pinned."""
+    decoder = work.decoder
+    columns = decoder.hidden_size + decoder.num_layers * decoder.ple_size
+    return 2 * PINNED_ROUNDING * layout.visit_tokens * columns * HEAD_BYTES
+
+
+def head_table_bytes(work: Workload) -> int:
+    """The (V, D) head."""
+    return work.decoder.vocab_size * work.decoder.hidden_size * HEAD_BYTES
+
+
+def offload_host_bytes(work: Workload, layout: Layout) -> int:
+    """Outputs of all layers and micro-batches that are kept instead of recomputed."""
+    columns = sum(
+        layer.count * _layer_offload_columns(work, layer, layout.offload) for layer in work.layers
+    )
+    return columns * layout.visit_tokens * work.element_bytes
+
+
+def pinned_bytes(host: dict[str, int]) -> int:
+    """What of `host_bytes` should be pinned for copies to run beside the computation."""
+    return sum(
+        host.get(name, 0)
+        for name in ("layers", "head", "adapter_copies", "checkpoints", "offload", "staging")
+    )
+
+
+def disk_bytes(work: Workload, *, is_prepared: bool, has_tables: bool, num_checkpoints: int) -> int:
+    """Prepared layers, tables where they are not there yet, and checkpoints of the run.
+
+    A checkpoint holds masters and two moments; one more is written before the oldest goes. The
+    adapter itself is written at the end.
+    """
+    prepared = 0
+    if not is_prepared:
+        prepared = layer_blobs_bytes(work)
+        prepared += 0 if has_tables else sum(table_bytes(work).values())
+    checkpoint = 3 * 4 * work.master_elements
+    adapter = 4 * work.master_elements
+    return prepared + (num_checkpoints + 1) * checkpoint + adapter
+
+
+def _round_up(size_bytes: int, multiple: int) -> int:
+    return -(-size_bytes // multiple) * multiple

@@ -1,0 +1,96 @@
+"""The plan for a data set, and the data set cut to what the plan can take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from eightgig.config import Config
+from eightgig.data.batches import IGNORE_INDEX, Dataset
+from eightgig.data.load import limit_length
+from eightgig.errors import DoesNotFitError, Finding
+from eightgig.hardware.probe import Hardware
+from eightgig.memory.plan import Plan, make_plan
+from eightgig.memory.workload import RowLengths, measure_rows
+from eightgig.models.spec import ModelSpec
+from eightgig.units import format_bytes
+
+
+class Fitted(NamedTuple):
+    """A plan, the rows that it takes, and what happened to rows that were too long."""
+
+    plan: Plan
+    rows: Dataset
+    held_out: Dataset | None
+    findings: tuple[Finding, ...]
+
+
+def fit_rows(
+    spec: ModelSpec,
+    hardware: Hardware,
+    config: Config,
+    rows: Dataset,
+    held_out: Dataset | None,
+    *,
+    is_prepared: bool,
+) -> Fitted:
+    """Plan for `rows`; longer ones than the plan takes go the way of `data.too_long`.
+
+    Args:
+        spec: The model.
+        hardware: The machine.
+        config: The settings.
+        rows: Training rows.
+        held_out: Held-out rows.
+        is_prepared: Whether the prepared weights are on the disk already.
+
+    Raises:
+        DataError: Rows are too long, and `data.too_long` is `refuse`.
+    """
+    measured = row_lengths(config, rows, held_out)
+    plan = make_plan(spec, hardware, config, rows=measured, is_prepared=is_prepared)
+    if not plan.fits or measured.longest_tokens <= plan.max_length:
+        return Fitted(plan, rows, held_out, ())
+    findings: list[Finding] = []
+    rows = limit_length(rows, plan.max_length, config.data.too_long, findings)
+    if held_out is not None:
+        held_out = limit_length(held_out, plan.max_length, config.data.too_long, findings)
+    return Fitted(plan, rows, held_out, tuple(findings))
+
+
+def refuse_misfit(plan: Plan) -> None:
+    """Stop where a plan does not fit.
+
+    Raises:
+        DoesNotFitError: With what takes how much, and what would change it.
+    """
+    if plan.fits:
+        return
+    largest = sorted(plan.breakdown.items(), key=lambda item: -item[1])
+    items = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest[:4])
+    raise DoesNotFitError(
+        f"The plan needs {format_bytes(plan.peak_bytes)} on the device and "
+        f"{format_bytes(plan.host_bytes)} of main memory; "
+        f"{format_bytes(plan.budget_bytes)} and {format_bytes(plan.host_budget_bytes)} are there.",
+        why=f"The largest items are {items}.",
+        fix=" ".join(plan.advice) or "Run `eightgig plan` for every item.",
+    )
+
+
+def row_lengths(config: Config, rows: Dataset, held_out: Dataset | None) -> RowLengths:
+    """What the planner needs to know of the rows; held-out rows must pass, too."""
+    train = config.train
+    lengths = rows.lengths
+    is_trained = (rows.labels != IGNORE_INDEX).astype(np.int64)
+    loss_tokens = np.add.reduceat(is_trained, rows.offsets[:-1])
+    measured = measure_rows(
+        lengths.tolist(),
+        loss_tokens.tolist(),
+        train.per_device_train_batch_size * train.gradient_accumulation_steps,
+    )
+    if held_out is None:
+        return measured
+    longest = max(measured.longest_tokens, int(held_out.lengths.max()))
+    return replace(measured, longest_tokens=longest)

@@ -1,0 +1,25 @@
+"""The run folder: its paths and files, and records to and from JSON."""
+
+from eightgig.run.environment import Environment, describe_environment
+from eightgig.run.files import append_json_line, write_atomically, write_json
+from eightgig.run.folder import Event, EventKind, Progress, Run, check_run, create_run
+from eightgig.run.log import log_to, mask_secrets
+from eightgig.run.records import from_json, to_json
+
+__all__ = [
+    "Environment",
+    "Event",
+    "EventKind",
+    "Progress",
+    "Run",
+    "append_json_line",
+    "check_run",
+    "create_run",
+    "describe_environment",
+    "from_json",
+    "log_to",
+    "mask_secrets",
+    "to_json",
+    "write_atomically",
+    "write_json",
+]

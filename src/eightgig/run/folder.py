@@ -1,0 +1,161 @@
+"""The run folder: its paths, and how it is created.
+
+Layout: `config.yaml, plan.json, environment.json, metrics.jsonl, events.jsonl, log.txt,
+checkpoints/step-000120/, adapter/, report.html`. Nothing here knows what a training is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eightgig.config import Config, is_safe_name, write_config
+from eightgig.errors import RunError
+from eightgig.run.files import write_atomically
+
+EventKind = Literal["eval", "guard", "oom", "save", "plan", "trial", "resume", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A run folder and where its parts lie."""
+
+    folder: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The settings, with absolute paths."""
+        return self.folder / "config.yaml"
+
+    @property
+    def plan_path(self) -> Path:
+        """The plan the run was started with."""
+        return self.folder / "plan.json"
+
+    @property
+    def environment_path(self) -> Path:
+        """Machine and versions."""
+        return self.folder / "environment.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One StepReport per optimizer step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def events_path(self) -> Path:
+        """One Event per evaluation, guard, out-of-memory detour and save."""
+        return self.folder / "events.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        """What the terminal showed."""
+        return self.folder / "log.txt"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def adapter_path(self) -> Path:
+        """Folder of the trained adapter in PEFT's format."""
+        return self.folder / "adapter"
+
+    @property
+    def report_path(self) -> Path:
+        """The report for people."""
+        return self.folder / "report.html"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One line of events.jsonl: something other than an optimizer step happened."""
+
+    step: int
+    kind: EventKind
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a long piece of work is; shown, not kept.
+
+    Attributes:
+        work: What is done, for example `preparing weights`.
+        done, total: In `unit`; `total` is None where it is not known.
+        unit: What is counted.
+    """
+
+    work: str
+    done: int
+    total: int | None
+    unit: Literal["bytes", "rows"]
+
+
+def check_run(config: Config, *, resume: bool) -> Run:
+    """The run folder that `config` names, before anything is made or fetched for it.
+
+    Args:
+        config: Names the folder: `run.output_dir` and `run.name`.
+        resume: A folder that exists is gone on with.
+
+    Raises:
+        RunError: The name is no folder's, or the folder exists (without `resume`).
+    """
+    name = config.run.name
+    if not is_safe_name(name):
+        raise RunError(
+            f'"{name}" cannot be the name of a run.',
+            why="The run is written into the folder of this name, and nowhere else.",
+            fix="Set run.name to letters, digits, dots, dashes and underscores.",
+        )
+    run = Run(folder=Path(config.run.output_dir, name).absolute())
+    if os.path.lexists(run.folder) and not (resume and run.folder.is_dir()):
+        raise _taken(run, name)
+    return run
+
+
+def create_run(config: Config, *, resume: bool) -> Run:
+    """The run folder of `config`, with its config.yaml in it.
+
+    Args:
+        config: Names the folder: `run.output_dir` and `run.name`.
+        resume: Go on in a folder that exists; one that does not is created all the same, so
+            that a supervisor may always ask to resume.
+
+    Raises:
+        RunError: The folder exists (without `resume`), or cannot be written.
+    """
+    run = check_run(config, resume=resume)
+    try:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        run.folder.mkdir(exist_ok=resume)
+        if not run.config_path.exists():
+            write_atomically(run.config_path, write_config(config))
+    except FileExistsError:  # another process was faster
+        raise _taken(run, config.run.name) from None
+    except OSError as error:
+        raise RunError(
+            f"The run folder {run.folder} cannot be written: {error.strerror}.",
+            why="Metrics, checkpoints and the adapter are written there.",
+            fix="Set run.output_dir to a folder that you may write, on a disk with space.",
+        ) from None
+    return run
+
+
+def _taken(run: Run, name: str) -> RunError:
+    if not run.folder.is_dir():
+        return RunError(
+            f"{run.folder} cannot be a run folder: there is a file of that name.",
+            why="Metrics, checkpoints and the adapter are written into that folder.",
+            fix="Set run.output_dir or run.name to something else.",
+        )
+    return RunError(
+        f"The run folder {run.folder} exists already.",
+        why="A run is never written over.",
+        fix=f"Go on with it: add --resume. Or begin another: --set run.name={name}-2.",
+    )

@@ -1,0 +1,66 @@
+"""log.txt: what eightgig had to say during a run, without secrets."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eightgig.run.folder import Run
+
+_MASK = "***"
+_SECRETS = (
+    # Tokens of Hugging Face, GitHub, GitLab and of the usual services, by their prefix.
+    re.compile(r"()\b(?:hf_|api_org_|ghp_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{8,}"),
+    # https://user:password@host
+    re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s@]+(?=@)"),
+    re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}"),
+    # Signed addresses, as the hub hands them out for downloads.
+    re.compile(r"(?i)([?&](?:token|key|sig|signature|policy|x-amz-[\w-]+)=)[^&\s\"']+"),
+    re.compile(
+        r"(?i)((?:api|auth|access|hub|hf|wandb)_?(?:api_?)?(?:token|key)[\"']?\s*[=:]\s*[\"']?)"
+        r"[^\s\"',;]+"
+    ),
+    re.compile(r"(?i)(\b(?:password|passwd|secret)[\"']?\s*[=:]\s*[\"']?)[^\s\"',;]+"),
+)
+
+
+def mask_secrets(text: str) -> str:
+    """`text` without tokens, passwords and the path of the home folder."""
+    for secret in _SECRETS:
+        text = secret.sub(rf"\1{_MASK}", text)
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
+
+
+@contextmanager
+def log_to(run: Run) -> Iterator[None]:
+    """Append what eightgig's loggers say to `run.log_path`, from INFO upwards.
+
+    An error that ends the block is written there, too.
+    """
+    logger = logging.getLogger("eightgig")
+    handler = logging.FileHandler(run.log_path, encoding="utf-8")
+    handler.setFormatter(_MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        if isinstance(sys.exc_info()[1], Exception):  # neither Ctrl-C nor a closed generator
+            logger.error("The run ended early.", exc_info=True)
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        handler.close()
+
+
+class _MaskingFormatter(logging.Formatter):
+    """Masks the finished line: secrets may stand in arguments and tracebacks, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_secrets(super().format(record))

@@ -1,0 +1,132 @@
+"""Where a run begins: at the start, from another adapter, or at its newest intact checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from eightgig.adapters.files import read_adapter
+from eightgig.adapters.lora import Adapter
+from eightgig.config import Config, LoraConfig
+from eightgig.data.batches import Dataset
+from eightgig.engine.assemble import Engine
+from eightgig.errors import ModelError, RunError
+from eightgig.models.spec import ModelSpec
+from eightgig.quant.store import Store
+from eightgig.run import Event, Run
+from eightgig.training.checkpoint import TrainingState, find_checkpoint, read_checkpoint
+from eightgig.training.guards import forget_speed
+from eightgig.training.identity import RunIdentity, explain_differences, identify_run
+from eightgig.training.optimizer import Optimizer, make_optimizer
+
+START = TrainingState(
+    step=0,
+    rows_seen=0,
+    seconds=0.0,
+    best_held_out_loss=None,
+    best_step=0,
+    evaluations_without_gain=0,
+    rung=0,
+    guards={},
+    is_finished=False,
+)
+
+
+def begin(
+    run: Run,
+    config: Config,
+    engine: Engine,
+    source: tuple[ModelSpec, Store],
+    rows: Dataset,
+    observe: Callable[[object], None],
+) -> Start:
+    """Optimizer and state to train with; the adapter is loaded where there is one to go on from.
+
+    Raises:
+        ModelError: `lora.init_adapter` does not match.
+        RunError: The run changed since its checkpoint.
+    """
+    spec, store = source
+    adapter, gradients = engine.adapter, engine.gradients
+    assert adapter is not None and gradients is not None
+    start_adapter(adapter, config.lora, spec)
+    optimizer = make_optimizer(adapter, gradients, config.train)
+    identity = identify_run(config, data_fingerprint=rows.fingerprint, model_key=store.manifest.key)
+    state = resume_run(run, identity, adapter, optimizer, observe)
+    return Start(optimizer=optimizer, identity=identity, state=state)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        optimizer: What moves the adapter; loaded, if the run goes on.
+        identity: What a later part of the run must have in common with this one.
+        state: Steps done, and what the guards remember.
+    """
+
+    optimizer: Optimizer
+    identity: RunIdentity
+    state: TrainingState
+
+
+def start_adapter(adapter: Adapter, lora: LoraConfig, spec: ModelSpec) -> None:
+    """Load `lora.init_adapter`, where it is set.
+
+    Raises:
+        ModelError: It does not match the model or the settings.
+    """
+    if lora.init_adapter is None:
+        return
+    found = read_adapter(Path(lora.init_adapter), spec)
+    differing = [
+        f"{name}: {getattr(found.lora, name)} there, {getattr(lora, name)} here"
+        for name in ("r", "lora_alpha", "use_rslora")
+        if getattr(found.lora, name) != getattr(lora, name)
+    ]
+    if differing:
+        raise ModelError(
+            f"lora.init_adapter has other settings: {'; '.join(differing)}.",
+            why="Its numbers mean something else under another rank or scale.",
+            fix="Set the settings of lora to those of the adapter.",
+        )
+    adapter.load(found.tensors)
+
+
+def resume_run(
+    run: Run,
+    identity: RunIdentity,
+    adapter: Adapter,
+    optimizer: Optimizer,
+    observe: Callable[[object], None],
+) -> TrainingState:
+    """Load the newest intact checkpoint of `run`; `START` where there is none.
+
+    Raises:
+        RunError: The settings, the data, the model or a library changed since then.
+    """
+    found = find_checkpoint(run)
+    for finding in found.skipped:
+        observe(finding)
+    if found.path is None:
+        return START
+    checkpoint = read_checkpoint(found.path)
+    differences = explain_differences(checkpoint.identity, identity)
+    errors = [finding for finding in differences if finding.severity == "error"]
+    if errors:
+        raise RunError(
+            f"The run cannot go on from {found.path.name}: " + "; ".join(f.message for f in errors),
+            why=errors[0].why,
+            fix=errors[0].fix,
+            findings=errors,
+        )
+    for finding in differences:
+        observe(finding)
+    adapter.load(checkpoint.adapter)
+    if checkpoint.optimizer:
+        optimizer.load_state_tensors(checkpoint.optimizer)
+    state = replace(checkpoint.state, guards=forget_speed(checkpoint.state.guards))
+    observe(Event(step=state.step, kind="resume", values={"checkpoint": found.path.name}))
+    return state

@@ -1,0 +1,69 @@
+"""Ctrl-C and its kin: the first asks for a stop after the micro-batch, the second stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# Wrappers (uv, npm, timeout) often pass on a signal that the terminal has sent already.
+_ECHO_SECONDS = 0.1
+
+
+class StopRequest:
+    """Whether somebody asked the process to stop; the loop looks between micro-batches."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._first_seconds = 0.0
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether to save and stop."""
+        return self.signal_name is not None
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler: remember the first signal, obey the second at once."""
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+            self._first_seconds = time.monotonic()
+        elif time.monotonic() - self._first_seconds > _ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+            # Only where the system's own reaction is not to end the process.
+            os._exit(128 + number)
+
+
+@contextmanager
+def catch_stop_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT, SIGTERM, SIGHUP and Windows' Ctrl-Break into a request to stop.
+
+    Handlers are put back on leaving. Outside the main thread, where Python allows no handlers, the
+    request is never set. A hang-up that the caller chose to ignore (nohup) stays ignored.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {}
+    try:
+        for number in _stop_signals():
+            before[number] = signal.signal(number, request.handle)
+        yield request
+    finally:
+        for number, handler in before.items():
+            # None stands for a handler that was not set from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _stop_signals() -> list[signal.Signals]:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    for name in ("SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            numbers.append(number)
+    return numbers

@@ -102,6 +102,8 @@ def write_adapter(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problem = _first_problem(spec, shapes, rank=lora.r)
     assert problem is None, problem
+    odd = [name for name in files if Path(name).name != name or name == WEIGHTS_NAME]
+    assert not odd, f"{odd} are no plain names of further files"
     wrong = first_non_finite(tensors)
     if wrong is not None:
         raise ModelError(
@@ -116,7 +118,6 @@ def write_adapter(
         staged = StagedFolder(folder, disk or Disk())
         try:
             for name, content in contents.items():
-                assert Path(name).name == name, f"{name!r} is no plain file name"
                 staged.write(name, [content])
             staged.write(WEIGHTS_NAME, tensor_parts(named))
             staged.publish()

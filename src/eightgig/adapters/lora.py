@@ -5,9 +5,7 @@ stacked, so that one GEMM serves them. A group's rank R is the sum of its linear
 up to a multiple of 8 (16 bytes of bfloat16, which GEMMs want rows to start at). One layer's
 adapter is one flat float32 run: for each group A (R, in), then each linear's B (out, r).
 
-The engine multiplies by a *compute copy*: for each group A, then B as (out, R), block-diagonal
-and already scaled by alpha / r, so that X W^T + s X A^T B^T is one product of [X | X A^T] and
-[W | s B].
+The engine multiplies by a *compute copy*: the same run in the compute dtype.
 """
 
 from __future__ import annotations
@@ -88,11 +86,6 @@ class LinearGroup:
         """Elements of A and all B."""
         b_size = sum(linear.out_size * linear.rank for linear in self.linears)
         return self.rank_size * self.in_size + b_size
-
-    @property
-    def compute_size(self) -> int:
-        """Elements of the compute copy."""
-        return self.rank_size * (self.in_size + self.out_size)
 
 
 def module_path(name: str) -> str:
@@ -194,7 +187,7 @@ class GroupMasters:
 
 
 def split_masters(flat: Tensor, groups: Sequence[LinearGroup]) -> dict[str, GroupMasters]:
-    """Views of a layer's flat run (masters or gradients) by group name."""
+    """Views of a layer's flat run (masters, gradients or compute copy) by group name."""
     views: dict[str, GroupMasters] = {}
     start = 0
     for group in groups:
@@ -210,28 +203,6 @@ def split_masters(flat: Tensor, groups: Sequence[LinearGroup]) -> dict[str, Grou
     return views
 
 
-@dataclass(frozen=True, slots=True)
-class GroupCompute:
-    """Views of one group in a layer's compute copy: `a` (R, in), `b` (out, R), scaled."""
-
-    a: Tensor
-    b: Tensor
-
-
-def split_compute(flat: Tensor, groups: Sequence[LinearGroup]) -> dict[str, GroupCompute]:
-    """Views of a layer's compute copy by group name."""
-    views: dict[str, GroupCompute] = {}
-    start = 0
-    for group in groups:
-        a_size = group.rank_size * group.in_size
-        b_size = group.rank_size * group.out_size
-        a = flat[start : start + a_size].view(group.rank_size, group.in_size)
-        b = flat[start + a_size : start + a_size + b_size].view(group.out_size, group.rank_size)
-        views[group.name] = GroupCompute(a, b)
-        start += a_size + b_size
-    return views
-
-
 class Adapter:
     """Masters of the adapter and the compute copies made of them.
 
@@ -239,6 +210,7 @@ class Adapter:
         layers: Groups of every layer.
         scale: alpha / r.
         dropout: Share of adapter inputs dropped in training.
+        whole: All masters, one layer behind the other.
         masters: One flat float32 tensor per layer.
         compute: One flat tensor per layer in the compute dtype.
         fresh: One event per layer; cleared while its compute copy is older than its masters.
@@ -258,9 +230,10 @@ class Adapter:
         self.scale = scale
         self.dropout = dropout
         sizes = [sum(group.master_size for group in groups) for groups in self.layers]
-        copies = [sum(group.compute_size for group in groups) for groups in self.layers]
-        self.masters = _runs(sizes, torch.float32, device, pin=False)
-        self.compute = _runs(copies, dtype, device, pin=pin)
+        self.whole = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        self.masters: list[Tensor] = list(self.whole.split(sizes))
+        whole_copy = torch.zeros(sum(sizes), dtype=dtype, device=device, pin_memory=pin)
+        self.compute: list[Tensor] = list(whole_copy.split(sizes))
         self.fresh = [threading.Event() for _ in self.layers]
 
     def initialize(self, generator: torch.Generator) -> None:
@@ -283,14 +256,7 @@ class Adapter:
 
     def refresh(self, layer: int) -> None:
         """Make the compute copy of `layer` from its masters."""
-        groups = self.layers[layer]
-        masters = split_masters(self.masters[layer], groups)
-        compute = split_compute(self.compute[layer], groups)
-        for group in groups:
-            compute[group.name].a.copy_(masters[group.name].a)
-            for linear in group.adapted:
-                block = compute[group.name].b[linear.out_rows, linear.rank_columns]
-                block.copy_(masters[group.name].b[linear.name] * self.scale)
+        self.compute[layer].copy_(self.masters[layer])
         self.fresh[layer].set()
 
     def refresh_all(self) -> None:
@@ -334,12 +300,3 @@ def named_views(
             name = f"layers.{index}.{module_path(linear.name)}"
             yield f"{name}.lora_A", views[group.name].a[linear.rank_columns]
             yield f"{name}.lora_B", views[group.name].b[linear.name]
-
-
-def _runs(
-    sizes: Sequence[int], dtype: torch.dtype, device: torch.device, *, pin: bool
-) -> list[Tensor]:
-    """Zeroed flat tensors of `sizes` elements, cut from one allocation."""
-    whole = torch.zeros(sum(sizes), dtype=dtype, device=device, pin_memory=pin)
-    runs: list[Tensor] = list(whole.split(list(sizes)))
-    return runs

@@ -35,6 +35,10 @@ class Problem:
     code: str = "impossible_value"
 
 
+def _texts(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rule:
     settings: tuple[str, ...]
@@ -117,7 +121,9 @@ _RULES = (
     ),
     _Rule(
         settings=("model.name", "data.path", "data.split", "model.cache_dir", "run.output_dir"),
-        is_possible=lambda value: bool(value) and (bool(value[0].strip())),
+        is_possible=lambda value: (
+            bool(_texts(value)) and all(part.strip() for part in _texts(value))
+        ),
         fix="Write a name or a path.",
         why="It is empty.",
     ),
@@ -202,8 +208,7 @@ def _idle_data(config: Config) -> Iterator[Problem]:
         yield _idle("data.train_on", "data.format", "plain text has no turns")
     if data.format == "text" and data.chat_template is not None:
         yield _idle("data.chat_template", "data.format", "plain text is not rendered")
-    paths = (data.path,) if isinstance(data.path, str) else data.path
-    if data.split != default.split and any(looks_like_path(path) for path in paths):
+    if data.split != default.split and any(looks_like_path(path) for path in _texts(data.path)):
         yield _idle("data.split", "data.path", "a file has no splits")
 
 

@@ -9,6 +9,8 @@ from eightgig.config.paths import looks_like_path
 from eightgig.config.settings import DEMO_MODEL
 
 GPU_MODEL = "google/gemma-4-12B-it"
+# Small enough for a processor, and it speaks.
+CPU_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def starting_values(
@@ -17,14 +19,14 @@ def starting_values(
     """Settings (`group.name`) of a new config.
 
     Args:
-        model: Hub id or folder; None takes the largest that an 8 GB card trains with ease, or the
-            embedded demo where there is no GPU.
+        model: Hub id or folder; None takes one that an 8 GB card trains with ease, or a small one
+            where there is no GPU.
         data: File or name with the rows, relative to the current folder.
         config_path: Where the config will be; paths in it are relative to its folder.
         has_gpu: Whether this machine has one.
     """
     folder = config_path.absolute().parent
-    name = model or (GPU_MODEL if has_gpu else DEMO_MODEL)
+    name = model or (GPU_MODEL if has_gpu else CPU_MODEL)
     return {
         "model.name": name if name == DEMO_MODEL else _seen_from(folder, name),
         "data.path": _seen_from(folder, data),

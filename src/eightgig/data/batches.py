@@ -6,7 +6,8 @@ packed without padding into micro-batches; nothing here depends on the card but 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 IGNORE_INDEX = -100
+
+_UINT64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +30,7 @@ class Dataset:
         row_ids: 0-based number of each row in its source, (rows,), int64.
         fingerprint: Hash of the source files, the template and the settings that made the tokens.
         summary: Facts for people and the report: format, files, counts, lengths.
+        lines: 1-based line of each row in its file, (rows,), int64; None where there is none.
     """
 
     input_ids: NDArray[np.int32]
@@ -35,6 +39,7 @@ class Dataset:
     row_ids: NDArray[np.int64]
     fingerprint: str
     summary: Mapping[str, Any]
+    lines: NDArray[np.int64] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -45,6 +50,14 @@ class Dataset:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row, (rows,)."""
         return np.diff(self.offsets)
+
+    def place(self, index: int) -> tuple[str | None, int | None]:
+        """File and line of row `index`, as far as they are known."""
+        row, file = int(self.row_ids[index]), None
+        for source in self.summary.get("files", ()):
+            if source["first_row"] <= row < source["first_row"] + source["rows"]:
+                file = source["path"]
+        return file, None if self.lines is None else int(self.lines[index])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,3 +93,83 @@ class Batch:
     def max_length(self) -> int:
         """Tokens of the longest row."""
         return int(np.diff(self.cu_seqlens).max(initial=0))
+
+
+def step_rows(
+    dataset: Dataset, *, epoch: int, seed: int, rows_per_step: int
+) -> tuple[NDArray[np.int64], ...]:
+    """The rows of each optimizer step of an epoch, every row once.
+
+    The order is fixed by `seed` and `epoch` alone: rows are sorted by the raw 64-bit numbers of a
+    Philox generator with that key, a stream that NumPy keeps the same in every version. Nothing of
+    the card, the packing or the lengths enters it.
+
+    Args:
+        dataset: The rows.
+        epoch: 0-based pass over them.
+        seed: `train.seed`.
+        rows_per_step: Batch size times accumulation.
+
+    Returns:
+        Row indices per step; the last step has the rows that are left, fewer where they do not
+        divide evenly.
+    """
+    order = random_order(dataset.num_rows, seed=seed, stream=epoch)
+    starts = range(0, dataset.num_rows, rows_per_step)
+    return tuple(order[start : start + rows_per_step] for start in starts)
+
+
+def random_order(count: int, *, seed: int, stream: int) -> NDArray[np.int64]:
+    """The numbers below `count` in an order fixed by `seed` and `stream`, (count,)."""
+    key = np.array([seed & _UINT64, stream & _UINT64], np.uint64)
+    numbers = np.random.Philox(key=key).random_raw(count)
+    return np.argsort(numbers, kind="stable").astype(np.int64)
+
+
+def pack_rows(
+    dataset: Dataset, rows: NDArray[np.int64], *, micro_batch_tokens: int, packing: bool = True
+) -> tuple[Batch, ...]:
+    """The rows of an optimizer step as micro-batches: whole rows, no padding.
+
+    Best fit decreasing: the longest row first, each into the micro-batch where it leaves the least
+    room. A row longer than `micro_batch_tokens` has a micro-batch of its own. Inside a micro-batch
+    rows keep the order of the step; which rows meet depends on their lengths and the budget only.
+
+    Args:
+        dataset: The rows.
+        rows: Row indices of one step, from `step_rows`.
+        micro_batch_tokens: Tokens that a micro-batch may hold.
+        packing: Whether rows may share a micro-batch.
+    """
+    lengths = dataset.lengths[rows]
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # free tokens and number of each open bin, sorted
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[place])
+        fitting = bisect.bisect_left(rooms, (length, -1)) if packing else len(rooms)
+        if fitting < len(rooms):
+            free, number = rooms.pop(fitting)
+            bins[number].append(place)
+        else:
+            free, number = micro_batch_tokens, len(bins)
+            bins.append([place])
+        bisect.insort(rooms, (free - length, number))
+    return tuple(make_batch(dataset, [int(rows[place]) for place in sorted(b)]) for b in bins)
+
+
+def make_batch(dataset: Dataset, rows: Sequence[int]) -> Batch:
+    """The rows `rows` one behind the other, labels shifted to the token that predicts them."""
+    spans = [slice(int(dataset.offsets[row]), int(dataset.offsets[row + 1])) for row in rows]
+    lengths = [span.stop - span.start for span in spans]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    labels = np.concatenate([dataset.labels[span] for span in spans])
+    shifted = np.append(labels[1:], np.int32(IGNORE_INDEX))
+    # The last token of a row predicts nothing: what follows it is another row.
+    shifted[cu_seqlens[1:] - 1] = IGNORE_INDEX
+    return Batch(
+        input_ids=np.concatenate([dataset.input_ids[span] for span in spans]),
+        labels=shifted,
+        row_ids=np.repeat(dataset.row_ids[list(rows)], lengths),
+        positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+        cu_seqlens=cu_seqlens,
+    )

@@ -8,7 +8,7 @@ their own beside the computation.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from eightgig.streaming.meter import WaitMeter
 BundleKey = tuple[int, int]
 """Layer and micro-batch."""
 
-_WRITES_IN_FLIGHT = 6
+_WRITES_IN_FLIGHT = 2
 _READS_AHEAD = 2
 _ALIGNMENT_BYTES = 256
 
@@ -29,8 +29,8 @@ _ALIGNMENT_BYTES = 256
 class Waiting(Protocol):
     """Where bundles wait."""
 
-    def put(self, key: BundleKey, name: str, tensor: Tensor) -> None:
-        """Add a contiguous `tensor` to a bundle; the caller must not change it."""
+    def put(self, key: BundleKey, bundle: dict[str, Tensor]) -> None:
+        """Keep contiguous tensors; the caller must not change them."""
 
     def read(self, keys: Sequence[BundleKey]) -> Iterator[dict[str, Tensor]]:
         """The bundles of `keys`; each is valid until the next is asked for."""
@@ -43,11 +43,11 @@ class DeviceWaiting:
     """Bundles wait where they are."""
 
     def __init__(self) -> None:
-        self._bundles: defaultdict[BundleKey, dict[str, Tensor]] = defaultdict(dict)
+        self._bundles: dict[BundleKey, dict[str, Tensor]] = {}
 
-    def put(self, key: BundleKey, name: str, tensor: Tensor) -> None:
-        """Keep a reference."""
-        self._bundles[key][name] = tensor
+    def put(self, key: BundleKey, bundle: dict[str, Tensor]) -> None:
+        """Keep references."""
+        self._bundles[key] = bundle
 
     def read(self, keys: Sequence[BundleKey]) -> Iterator[dict[str, Tensor]]:
         """Give the references up one by one."""
@@ -74,21 +74,23 @@ class HostWaiting:
         self._arenas = PinnedArenas(is_pinned=True)
         self._left_bytes = expected_bytes
         self._runs: dict[tuple[BundleKey, str], Tensor] = {}
-        self._views: defaultdict[BundleKey, dict[str, Tensor]] = defaultdict(dict)
+        self._views: dict[BundleKey, dict[str, Tensor]] = {}
         self._out_stream = torch.cuda.Stream(device)
         self._in_stream = torch.cuda.Stream(device)
-        self._writing: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._writing: deque[tuple[dict[str, Tensor], torch.cuda.Event]] = deque()
         self._buffers: list[Tensor] = []
 
-    def put(self, key: BundleKey, name: str, tensor: Tensor) -> None:
+    def put(self, key: BundleKey, bundle: dict[str, Tensor]) -> None:
         """Start the copy to the host once the work queued so far is done."""
-        view = self._views[key][name] = self._host_view(key, name, tensor)
+        views = {name: self._host_view(key, name, tensor) for name, tensor in bundle.items()}
+        self._views[key] = views
         self._out_stream.wait_stream(torch.cuda.current_stream(self._device))
         event = torch.cuda.Event()
         with torch.cuda.stream(self._out_stream):
-            view.copy_(tensor, non_blocking=True)
+            for name, tensor in bundle.items():
+                views[name].copy_(tensor, non_blocking=True)
             event.record(self._out_stream)
-        self._writing.append((tensor, event))
+        self._writing.append((bundle, event))
         while len(self._writing) > _WRITES_IN_FLIGHT:
             self._finish_write()
 

@@ -21,8 +21,6 @@ from eightgig.ops.choose import Ops
 from eightgig.ops.reference import HeadLayout
 
 Attend = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], None]
-Keep = Callable[[str, Tensor], None]
-"""Called with name and value of an output that waits for the backward pass."""
 OFFLOADS = ("attention", "o_proj", "down_proj")
 """Outputs that can be kept instead of computed again; `attention` is its output and `lse`."""
 
@@ -115,7 +113,7 @@ class DecoderLayer:
         hidden: Tensor,
         batch: MicroBatch,
         *,
-        keep: Keep | None = None,
+        kept: dict[str, Tensor] | None = None,
         attend: Attend | None = None,
     ) -> Tensor:
         """The layer's output, (N, D).
@@ -124,23 +122,22 @@ class DecoderLayer:
             weights: Of this visit.
             hidden: The layer's input, (N, D).
             batch: The micro-batch.
-            keep: Called with the outputs that the plan keeps for the backward pass.
+            kept: Outputs that the plan keeps for the backward pass are added to it.
             attend: Replaces attention over the micro-batch, called with (q, k, v, out): used
                 with a KV cache.
         """
         hidden, saved = self._attention_forward(weights, hidden, batch, attend, {})
-        if keep is not None and "attention" in self._offload:
-            keep("attention", saved.attended)
-            keep("lse", saved.lse)
-        if keep is not None and "o_proj" in self._offload:
-            keep("o_proj", saved.projected)
+        if kept is not None and "attention" in self._offload:
+            kept |= {"attention": saved.attended, "lse": saved.lse}
+        if kept is not None and "o_proj" in self._offload:
+            kept["o_proj"] = saved.projected
         del saved
         tiles = self._tiles(batch)
         parts = []
         for number, tile in enumerate(tiles):
             part, mlp_saved = self._mlp_forward(weights, hidden[tile], batch, tile, None)
-            if keep is not None and "down_proj" in self._offload:
-                keep(f"down_proj.{number}", mlp_saved.projected)
+            if kept is not None and "down_proj" in self._offload:
+                kept[f"down_proj.{number}"] = mlp_saved.projected
             del mlp_saved
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -32,12 +32,13 @@ class Gradients:
         device: torch.device,
         place: torch.device,
     ) -> None:
+        self.device = device
         self.layers = tuple(tuple(groups) for groups in layers)
         sizes = [sum(group.master_size for group in groups) for groups in self.layers]
         is_pinned = place.type == "cpu" and device.type == "cuda"
         whole = torch.zeros(sum(sizes), dtype=torch.float32, device=place, pin_memory=is_pinned)
         self.sums: list[Tensor] = list(whole.split(sizes))
-        self._whole = whole
+        self.whole = whole
         self._lane = _CopyLane(device, max(sizes)) if is_pinned else None
         self._arrived: list[torch.cuda.Event | None] = [None] * len(sizes)
         self._views = [
@@ -51,7 +52,8 @@ class Gradients:
         """Start from zero."""
         self._is_empty = True
         if self._lane is None:
-            self._whole.zero_()
+            self._wait_for_reader()
+            self.whole.zero_()
 
     def end_group(self) -> None:
         """Say that every layer has been visited once; further visits add."""
@@ -67,9 +69,7 @@ class Gradients:
 
     def open(self, layer: int) -> Mapping[str, GroupMasters]:
         """Views to add the gradients of `layer` to, by group name."""
-        if self._reader is not None:
-            self._reader.result()
-            self._reader = None
+        self._wait_for_reader()
         if self._lane is None:
             return self._views[layer]
         earlier, arrived = None, self._arrived[layer]
@@ -85,6 +85,11 @@ class Gradients:
         self._norms[layer] = torch.linalg.vector_norm(run)
         if self._lane is not None:
             self._arrived[layer] = self._lane.send(self.sums[layer])
+
+    def _wait_for_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.result()
+            self._reader = None
 
     def wait(self, layer: int) -> Tensor:
         """The sums of `layer`, once they have arrived; blocks the calling thread."""

@@ -114,7 +114,15 @@ class StreamedHead:
             for tile in _tiles(n, self.chunks.tile_tokens):
                 self._visit(state, hidden, weight, device_labels, tile, start)
             ring.release()
-        return self._finish(state, hidden, grad_scale)
+        results = [
+            self._finish(state.part(tile), hidden[tile], grad_scale)
+            for tile in _tiles(n, self.chunks.tile_tokens)
+        ]
+        losses = torch.cat([result.losses for result in results]) if results else state.sums
+        if grad_scale is None:
+            return HeadResult(losses, None)
+        # Each tile's gradient has been written over its hidden states' label rows.
+        return HeadResult(losses, state.label_rows)
 
     def logits(self, ring: Ring, hidden: Tensor) -> Tensor:
         """All logits of `hidden` (n, D), (n, V) float32; visits every chunk once."""
@@ -193,7 +201,7 @@ class StreamedHead:
         from_others = state.accumulated.mul_((torch.exp(maxima - top) / whole)[:, None])
         from_label = wide(state.label_rows) * (others / whole * slope)[:, None]
         grad = (from_others - from_label).mul_(grad_scale)
-        return HeadResult(losses, grad.to(hidden.dtype))
+        return HeadResult(losses, state.label_rows.copy_(grad))
 
 
 @dataclass(slots=True)
@@ -204,6 +212,15 @@ class _State:
     maxima: Tensor | None
     accumulated: Tensor | None
     label_rows: Tensor
+
+    def part(self, tile: slice) -> _State:
+        """Views of some tokens."""
+        return _State(
+            sums=self.sums[tile],
+            maxima=None if self.maxima is None else self.maxima[tile],
+            accumulated=None if self.accumulated is None else self.accumulated[tile],
+            label_rows=self.label_rows[tile],
+        )
 
     @staticmethod
     def start(hidden: Tensor, *, with_grad: bool, is_fixed: bool) -> _State:

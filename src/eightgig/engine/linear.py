@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightgig.adapters.lora import AdaptedLinear, GroupCompute, GroupMasters, LinearGroup
+from eightgig.adapters.lora import AdaptedLinear, GroupMasters, LinearGroup
 from eightgig.ops.choose import Ops
 
 
@@ -55,14 +55,14 @@ class GroupWeight:
     Attributes:
         group: Its linears.
         scratch: (out + R, in + R) in the compute dtype, laid out as above.
-        compute: The adapter's A and B; None where nothing is adapted.
+        a: The adapter's A, (R, in); None where nothing is adapted.
         scale: alpha / r.
         ops: Fast or plain operations.
     """
 
     group: LinearGroup
     scratch: Tensor
-    compute: GroupCompute | None
+    a: Tensor | None
     scale: float
     ops: Ops
 
@@ -76,23 +76,21 @@ class GroupWeight:
 
     def complete_input(self, x_aug: Tensor, dropout: Dropout | None) -> None:
         """Set the last R columns of `x_aug` to X A^T, where there is an adapter."""
-        if self.compute is None:
+        if self.a is None:
             return
         x, xa = x_aug.split([self.group.in_size, self.group.rank_size], dim=1)
         if dropout is None:
-            torch.mm(x, self.compute.a.t(), out=xa)
+            torch.mm(x, self.a.t(), out=xa)
             return
         xa.zero_()
         for linear in self.group.adapted:
             dropped = self._drop(x, linear, dropout)
-            torch.mm(
-                dropped, self.compute.a[linear.rank_columns].t(), out=xa[:, linear.rank_columns]
-            )
+            torch.mm(dropped, self.a[linear.rank_columns].t(), out=xa[:, linear.rank_columns])
 
     def forward(self, x_aug: Tensor, dropout: Dropout | None) -> Tensor:
         """The outputs (N, out) of all linears; completes `x_aug` on the way."""
         weight = self.scratch[: self.group.out_size]
-        if self.compute is None:
+        if self.a is None:
             in_size = self.group.in_size
             return torch.mm(x_aug[:, :in_size], weight[:, :in_size].t())
         self.complete_input(x_aug, dropout)
@@ -110,12 +108,12 @@ class GroupWeight:
             dropout: As in `forward`.
         """
         group = self.group
-        if self.compute is None:
+        if self.a is None:
             weight = self.scratch[: group.out_size, : group.in_size]
             return torch.mm(dy_aug[:, : group.out_size], weight)
         x, xa = x_aug.split([group.in_size, group.rank_size], dim=1)
         dy, dxa = dy_aug.split([group.out_size, group.rank_size], dim=1)
-        torch.mm(dy, self.compute.b, out=dxa)
+        torch.mm(dy, self.scratch[: group.out_size, group.in_size :], out=dxa)
         for linear in group.adapted:
             target = grads.b[linear.name]
             _add_product(target, dy[:, linear.out_rows].t(), xa[:, linear.rank_columns], self.scale)
@@ -127,7 +125,7 @@ class GroupWeight:
             dxa_linear = dxa[:, linear.rank_columns]
             dropped = self._drop(x, linear, dropout)
             _add_product(grads.a[linear.rank_columns], dxa_linear.t(), dropped, 1.0)
-            through = torch.mm(dxa_linear, self.compute.a[linear.rank_columns])
+            through = torch.mm(dxa_linear, self.a[linear.rank_columns])
             dx += self._drop(through, linear, dropout)
         return dx
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -261,13 +260,13 @@ class Model:
         for index, layer in enumerate(self._layers):
             weights = self._open(index)
             for number, batch in enumerate(batches):
-                keep = partial(self._waiting.put, (index, number)) if keeps else None
-                if keep is not None:
-                    keep("input", hidden[number])
+                kept = {"input": hidden[number]} if keeps else None
                 attends = attend(index, number) if attend is not None else None
                 hidden[number] = layer.forward(
-                    weights, hidden[number], batch, keep=keep, attend=attends
+                    weights, hidden[number], batch, kept=kept, attend=attends
                 )
+                if kept is not None:
+                    self._waiting.put((index, number), kept)
             self.ring.release()
 
     def _open(self, layer: int) -> LayerWeights:
@@ -282,7 +281,7 @@ class Model:
         assert self._adapter is not None
         compute = self._adapter.compute[layer]
         if compute.device == self.device:
-            return compute
+            return self._adapter.fresh_compute(layer)
         start = self.ring.items[layer].changing_start_bytes
         size_bytes = compute.numel() * compute.element_size()
         return slot[start : start + size_bytes].view(compute.dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightgig.adapters.lora import LinearGroup, split_compute
+from eightgig.adapters.lora import LinearGroup, split_masters
 from eightgig.engine.decoder import LayerWeights
 from eightgig.engine.linear import GroupWeight
 from eightgig.models.spec import ATTENTION_LINEARS, MLP_LINEARS
@@ -28,13 +28,15 @@ class _Opened:
     Attributes:
         weights: What the layer computes with.
         linears: Each stored linear and its rows of scratch.
-        copies: (target, source): adapter parts into scratch, and dense tensors into the compute
-            dtype.
+        blanks: Parts of scratch between the blocks of a B, to be zeroed.
+        copies: (target, source, factor): adapter parts into scratch, and dense tensors into the
+            compute dtype.
     """
 
     weights: LayerWeights
     linears: tuple[tuple[StoredTensor, Tensor], ...]
-    copies: tuple[tuple[Tensor, Tensor], ...]
+    blanks: tuple[Tensor, ...]
+    copies: tuple[tuple[Tensor, Tensor, float], ...]
 
 
 class WeightReader:
@@ -87,8 +89,13 @@ class WeightReader:
             opened = self._opened[key] = self._make(slot, layer, adapter)
         for stored, rows in opened.linears:
             self._read(slot, stored, rows)
-        for target, source in opened.copies:
-            target.copy_(source)
+        for blank in opened.blanks:
+            blank.zero_()
+        for target, source, factor in opened.copies:
+            if factor == 1.0:
+                target.copy_(source)
+            else:
+                torch.mul(source, factor, out=target)
         return opened.weights
 
     def close(self) -> None:
@@ -131,10 +138,11 @@ class WeightReader:
 
     def _make(self, slot: Tensor, layer: int, adapter: Tensor | None) -> _Opened:
         groups, stored = self._groups[layer], self._blobs[layer].tensors
-        compute = split_compute(adapter, groups) if adapter is not None else {}
+        parts = split_masters(adapter, groups) if adapter is not None else {}
         weights: dict[str, GroupWeight] = {}
         linears: list[tuple[StoredTensor, Tensor]] = []
-        copies: list[tuple[Tensor, Tensor]] = []
+        blanks: list[Tensor] = []
+        copies: list[tuple[Tensor, Tensor, float]] = []
         start = 0
         for group in groups:
             rows, columns = group.out_size + group.rank_size, group.in_size + group.rank_size
@@ -142,19 +150,29 @@ class WeightReader:
             start += _rounded(rows * columns)
             targets = scratch[:, : group.in_size]
             linears += [(stored[linear.name], targets[linear.out_rows]) for linear in group.linears]
-            parts = compute.get(group.name) if group.rank_size else None
-            if parts is not None:
-                copies.append((scratch[: group.out_size, group.in_size :], parts.b))
-                copies.append((scratch[group.out_size :, : group.in_size], parts.a))
-            weights[group.name] = GroupWeight(group, scratch, parts, self._scale, self._ops)
+            a = None
+            if group.rank_size and adapter is not None:
+                a = parts[group.name].a
+                columns_of_b = scratch[: group.out_size, group.in_size :]
+                blanks.append(columns_of_b)
+                copies.append((scratch[group.out_size :, : group.in_size], a, 1.0))
+                for linear in group.adapted:
+                    block = columns_of_b[linear.out_rows, linear.rank_columns]
+                    copies.append((block, parts[group.name].b[linear.name], self._scale))
+            weights[group.name] = GroupWeight(group, scratch, a, self._scale, self._ops)
         dense = self._dense(slot, stored, copies)
-        return _Opened(LayerWeights(groups=weights, dense=dense), tuple(linears), tuple(copies))
+        return _Opened(
+            LayerWeights(groups=weights, dense=dense),
+            tuple(linears),
+            tuple(blanks),
+            tuple(copies),
+        )
 
     def _dense(
         self,
         slot: Tensor,
         stored: Mapping[str, StoredTensor],
-        copies: list[tuple[Tensor, Tensor]],
+        copies: list[tuple[Tensor, Tensor, float]],
     ) -> dict[str, Tensor]:
         """Norms as they are, in float32; what enters a GEMM in the compute dtype."""
         dense: dict[str, Tensor] = {}
@@ -164,14 +182,15 @@ class WeightReader:
             view = dense_view(slot, tensor)
             if name in _MATRICES and view.dtype != self._scratch.dtype:
                 dense[name] = torch.empty_like(view, dtype=self._scratch.dtype)
-                copies.append((dense[name], view))
+                copies.append((dense[name], view, 1.0))
             else:
                 dense[name] = view
         biases = [dense_view(slot, stored[name]) for name in _BIASES if name in stored]
         if biases:
             sizes = [len(bias) for bias in biases]
             dense["qkv_bias"] = self._scratch.new_empty(sum(sizes))
-            copies.extend(zip(dense["qkv_bias"].split(sizes), biases, strict=True))
+            targets = dense["qkv_bias"].split(sizes)
+            copies += [(*pair, 1.0) for pair in zip(targets, biases, strict=True)]
         return dense
 
 

@@ -1,13 +1,14 @@
-"""Held-out loss."""
+"""Held-out loss: of all rows together, and of each row."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from eightgig.data.batches import Dataset, pack_rows
+from eightgig.data.batches import IGNORE_INDEX, Dataset, pack_rows
 from eightgig.engine.model import Model
 from eightgig.memory.plan import Plan
 
@@ -27,25 +28,50 @@ class HeldOutLoss:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowLosses:
+    """Loss of each row.
+
+    Attributes:
+        sums: Sum over its trained tokens, in nats, (rows,).
+        tokens: How many they are, (rows,).
+    """
+
+    sums: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+
 def measure_loss(model: Model, rows: Dataset, plan: Plan, packing: bool = True) -> HeldOutLoss:
     """The loss of all of `rows`, in the micro-batches that training uses."""
     start_seconds = time.perf_counter()
+    losses = measure_row_losses(model, rows, plan, packing)
+    loss_tokens = int(losses.tokens.sum())
+    return HeldOutLoss(
+        loss=float(losses.sums.sum()) / max(loss_tokens, 1),
+        loss_tokens=loss_tokens,
+        seconds=time.perf_counter() - start_seconds,
+    )
+
+
+def measure_row_losses(model: Model, rows: Dataset, plan: Plan, packing: bool = True) -> RowLosses:
+    """The loss of each of `rows`, in the micro-batches that training uses."""
+    # Several rendered rows may come from one source row: here each has a number of its own.
+    numbered = replace(rows, row_ids=np.arange(rows.num_rows))
     batches = pack_rows(
-        rows,
+        numbered,
         np.arange(rows.num_rows),
         micro_batch_tokens=plan.micro_batch_tokens,
         packing=packing,
     )
-    loss_sum, loss_tokens = 0.0, 0
+    sums = np.zeros(rows.num_rows)
+    tokens = np.zeros(rows.num_rows, dtype=np.int64)
     size = plan.micro_batches_per_visit
     for start in range(0, len(batches), size):
         group = batches[start : start + size]
         inputs = [model.embedding.prepare(batch) for batch in group]
         losses = model.losses([future.result() for future in inputs])
-        loss_sum += float(losses.total)
-        loss_tokens += sum(batch.num_loss_tokens for batch in group)
-    return HeldOutLoss(
-        loss=loss_sum / max(loss_tokens, 1),
-        loss_tokens=loss_tokens,
-        seconds=time.perf_counter() - start_seconds,
-    )
+        values = losses.values.double().cpu().numpy()
+        row_of = np.concatenate([b.row_ids[b.labels != IGNORE_INDEX] for b in group])
+        sums += np.bincount(row_of, values, rows.num_rows)
+        tokens += np.bincount(row_of, minlength=rows.num_rows)
+    return RowLosses(sums=sums, tokens=tokens)

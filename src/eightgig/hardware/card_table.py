@@ -81,6 +81,20 @@ class Card:
         return 2 if any(part in self.name for part in _TWO_COPY_ENGINES) else 1
 
 
+# By GiB: what many people have of that size, the slower ones of them.
+_COMMON_CARDS = {
+    4: "RTX 3050 Laptop",
+    6: "RTX 4050 Laptop",
+    8: "RTX 4060",
+    10: "RTX 3080",
+    12: "RTX 3060",
+    16: "RTX 4060 Ti 16GB",
+    24: "RTX 3090",
+    32: "RTX 5090",
+    40: "A100-SXM4-40GB",
+    80: "H100 80GB HBM3",
+}
+
 CARDS = (
     Card("GeForce RTX 2060", 6, (7, 5), 30, 1680, 512, 336, 3, 16, "turing"),
     Card("GeForce RTX 2060 12GB", 12, (7, 5), 34, 1650, 512, 336, 3, 16, "turing"),
@@ -184,12 +198,11 @@ def card_of_gpu(name: str, total_bytes: int) -> Card | None:
 
 
 def card_of_size(memory_bytes: int) -> Card:
-    """The slowest desktop card with about as much memory, whose rates stand for that size."""
-    desktop = [card for card in CARDS if not card.is_laptop and card.compute_capability >= (8, 0)]
-    distance = min(abs(card.memory_gib * GIB - memory_bytes) for card in desktop)
-    nearest = [card for card in desktop if abs(card.memory_gib * GIB - memory_bytes) == distance]
-    common = [card for card in nearest if "RTX 4060" in card.name or "RTX 3060" in card.name]
-    return min(common or nearest, key=lambda card: card.peak_flops_per_second)
+    """A common card with about as much memory, whose rates stand for that size."""
+    nearest = min(_COMMON_CARDS, key=lambda size: abs(size * GIB - memory_bytes))
+    card = find_card(_COMMON_CARDS[nearest])
+    assert card is not None, f"{_COMMON_CARDS[nearest]} is not in the table"
+    return card
 
 
 def _key(name: str) -> str:

@@ -175,8 +175,8 @@ def check_heat_and_power(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             severity="warning",
             code="doctor.temperature",
-            message=f"{gpu.name} is at {temperature} degrees Celsius"
-            + (" and slows down." if "heat" in gpu.slowed_by else "."),
+            message=f"{gpu.name} is at {temperature or 'unknown'} degrees Celsius"
+            + (" and slows down because of it." if "heat" in gpu.slowed_by else "."),
             why="A card that is hot before training slows down during a night of it.",
             fix="Clean the fans, raise the laptop, or cap the power: sudo nvidia-smi -pl "
             f"{int(_LOW_POWER_RATIO * (gpu.default_power_limit_watts or 120))}",

@@ -62,7 +62,9 @@ def _notes(problem: Problem, solution: Solution) -> Iterator[str]:
     if decoder.has_experts:
         yield "Mixture-of-experts layers cannot be trained yet; the bytes are an estimate."
     wanted, length = problem.wanted_length, solution.work.max_length
-    if length < wanted:
+    if length < wanted and problem.rows is None:
+        yield f"Rows above {length:,} tokens do not fit."
+    elif length < wanted:
         yield (
             f"Rows above {length:,} tokens do not fit (the longest has {wanted:,}): data.too_long "
             "says what happens to them."

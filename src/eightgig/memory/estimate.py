@@ -19,7 +19,9 @@ SLOT_ROUNDING_BYTES = 2 * MIB
 RING_SLOTS = 3
 HEAD_CHUNK_MULTIPLE = 256
 GRADIENT_BUFFERS = 2
-CHECKPOINT_STAGING = 3
+# Bundles on their way back from the host, and on their way to it.
+READ_BUFFERS = 3
+WRITES_IN_FLIGHT = 2
 HEAD_BYTES = 2  # the head stays bfloat16, as in the checkpoint
 # bitsandbytes keeps the states of smaller tensors in float32.
 SMALLEST_8BIT_ELEMENTS = 4096
@@ -86,7 +88,11 @@ def device_bytes(work: Workload, layout: Layout) -> dict[str, int]:
     """
     ring, resident = slot_items(work, layout)
     attention = max(attention_visit_bytes(work, layer, layout) for layer in work.layers)
-    mlp = max(mlp_visit_bytes(work, layer, layout) for layer in work.layers)
+    mlp = max(
+        visit(work, layer, layout)
+        for layer in work.layers
+        for visit in (mlp_visit_bytes, forward_visit_bytes)
+    )
     outside = max(head_bytes(work, layout), embedding_bytes(work, layout))
     transient = max(attention, mlp, outside)
     items = {
@@ -106,12 +112,12 @@ def device_bytes(work: Workload, layout: Layout) -> dict[str, int]:
 
 
 def slot_bytes(work: Workload) -> int:
-    """One slot: the largest layer's blob and, behind it, its adapter as GEMMs use it.
+    """One slot: the largest layer's blob and, behind it, its adapter in the compute dtype.
 
     With an optimizer on the GPU the adapter is there already and does not travel.
     """
     item = 0 if is_optimizer_on_device(work) else work.element_bytes
-    largest = max(layer.blob_bytes + layer.copy_elements * item for layer in work.layers)
+    largest = max(layer.blob_bytes + layer.master_elements * item for layer in work.layers)
     return _round_up(largest, SLOT_ROUNDING_BYTES)
 
 
@@ -167,9 +173,8 @@ def lora_device_bytes(work: Workload) -> int:
 
 
 def adapter_copy_bytes(work: Workload) -> int:
-    """A and B of every layer as GEMMs use them: R (in + out) per group."""
-    elements = sum(layer.count * layer.copy_elements for layer in work.layers)
-    return elements * work.element_bytes
+    """A and B of every layer in the compute dtype."""
+    return work.master_elements * work.element_bytes
 
 
 def optimizer_state_bytes(work: Workload) -> int:
@@ -239,27 +244,26 @@ def checkpoint_bytes(work: Workload, layout: Layout) -> int:
 
 
 def checkpoint_device_bytes(work: Workload, layout: Layout) -> int:
-    """All of them, or three on their way to or from the host."""
+    """All of them with the outputs that are kept, or buffers for three bundles that come back."""
     if layout.checkpoints == "device":
-        return checkpoint_bytes(work, layout)
-    per_layer = layout.micro_batch_tokens * work.decoder.hidden_size * work.stream_bytes
-    staged = CHECKPOINT_STAGING * offload_columns(work, layout.offload) * work.element_bytes
-    return CHECKPOINT_STAGING * per_layer + staged * layout.micro_batch_tokens
+        return checkpoint_bytes(work, layout) + offload_bytes(work, layout)
+    return READ_BUFFERS * max(bundle_bytes(work, layer, layout) for layer in work.layers)
 
 
-def offload_columns(work: Workload, offload: tuple[str, ...]) -> int:
-    """Columns per token that a layer sends to the host instead of recomputing, widest layer."""
-    return max(_layer_offload_columns(work, layer, offload) for layer in work.layers)
+def bundle_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
+    """What one layer keeps of one micro-batch: its input D, and outputs instead of recomputing."""
+    stream = work.decoder.hidden_size * work.stream_bytes
+    kept = _offload_columns(work, layer, layout.offload) * work.element_bytes
+    return layout.micro_batch_tokens * (stream + kept)
 
 
-def _layer_offload_columns(work: Workload, layer: LayerSize, offload: tuple[str, ...]) -> int:
-    hidden = work.decoder.hidden_size
+def _offload_columns(work: Workload, layer: LayerSize, offload: tuple[str, ...]) -> int:
+    """Columns per token that a layer keeps instead of recomputing."""
     columns = {
-        "down_proj": hidden,
-        "o_proj": hidden,
-        "attention": layer.query_size + 2 * layer.shape.num_heads,
-        "gate_up": layer.gate_up.out_size,
-        "qkv": layer.qkv.out_size,
+        "down_proj": work.decoder.hidden_size,
+        "o_proj": work.decoder.hidden_size,
+        # The output with its adapter columns, and a float32 per head.
+        "attention": layer.query_size + layer.o.rank + 2 * layer.shape.num_heads,
     }
     return sum(columns[name] for name in offload)
 
@@ -280,10 +284,10 @@ def attention_saved_bytes(work: Workload, layer: LayerSize, layout: Layout) -> i
 
 
 def attention_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
-    """The backward visit's attention half: what is kept, the incoming gradient D, and the worst of
+    """The backward visit's attention half: what is kept, its output D, the incoming gradient D, and
 
-    - attention: gradients of output and q, 2 Q, of k and v, 2 KV, and the kernel's workspace;
-    - input projection: gradients of q, k, v, of the projection (+ R), of its input and the result.
+    - in attention: gradients of output and q, 2 Q, of k and v, 2 KV, the kernel's workspace; or
+    - after it: gradients of q, k, v, of the projection (+ R), of its input and the result.
 
     The gradient of the output projection, D + R, lives through both.
     """
@@ -295,7 +299,7 @@ def attention_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> i
         tokens * attention * item + attention_workspace_bytes(work, layer, layout),
         tokens * (inputs * item + hidden * work.stream_bytes),
     )
-    saved = attention_saved_bytes(work, layer, layout) + tokens * hidden * work.stream_bytes
+    saved = attention_saved_bytes(work, layer, layout) + 2 * tokens * hidden * work.stream_bytes
     saved += tokens * (hidden + layer.o.rank) * item
     widest = max(hidden, layer.query_size)
     return saved + worst + unfused_bytes(work, layout, tokens, widest)
@@ -322,17 +326,26 @@ def attention_workspace_bytes(work: Workload, layer: LayerSize, layout: Layout) 
 
 
 def mlp_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
-    """The MLP half of a visit: what attention keeps, its output D, one more D, and a tile.
-
-    Backward the one more is the gradient of attention's output; forward it is the layer's output,
-    and up to `CHECKPOINT_STAGING` layer inputs are on their way to the host.
-    """
-    hidden = work.decoder.hidden_size
-    stream = layout.micro_batch_tokens * hidden * work.stream_bytes
+    """The backward visit's MLP half: what attention keeps, its output and gradient, 2 D, a tile."""
+    stream = layout.micro_batch_tokens * work.decoder.hidden_size * work.stream_bytes
     kept, worst = mlp_tile_bytes(work, layer, layout)
-    leaving = CHECKPOINT_STAGING * stream if layout.checkpoints == "host" else 0
-    saved = attention_saved_bytes(work, layer, layout)
-    return saved + 2 * stream + kept + max(worst, leaving)
+    return attention_saved_bytes(work, layer, layout) + 2 * stream + kept + worst
+
+
+def forward_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
+    """The forward visit: attention, or its output D, the layer's output D twice, and a tile.
+
+    Layer inputs and kept outputs that have not reached the host yet are still here.
+    """
+    hidden, tokens = work.decoder.hidden_size, layout.micro_batch_tokens
+    stream = tokens * hidden * work.stream_bytes
+    kept, _ = mlp_tile_bytes(work, layer, layout)
+    # The bundle being made, and those before it.
+    leaving = (WRITES_IN_FLIGHT + 1) * bundle_bytes(work, layer, layout)
+    attention = attention_saved_bytes(work, layer, layout) + stream
+    attention += unfused_bytes(work, layout, tokens, max(hidden, layer.query_size))
+    mlp = 3 * stream + kept
+    return max(attention, mlp) + (leaving if layout.checkpoints == "host" else 0)
 
 
 def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[int, int]:
@@ -374,22 +387,20 @@ def unfused_bytes(work: Workload, layout: Layout, tokens: int, columns: int) -> 
 
 
 def head_bytes(work: Workload, layout: Layout) -> int:
-    """Loss of the n labelled tokens of a visit, and the gradient of all hidden states G N D.
+    """Loss of the n labelled tokens of a visit, and then the gradient of all hidden states G N D.
 
-    All along: states before and after joining the micro-batches, rows of the labels, 3 n D (the
-    gradient takes the place of one of them), and float32 sums U, n D. In the pass over the vocabulary, for a tile of t tokens and C rows:
-    float32 logits and their weights; plain code makes seven more copies; a chunk in another dtype
-    than the computation's is converted. At the end: three float32 copies of n D.
+    For the loss: states before and after joining the micro-batches, rows of the labels (later the
+    gradient, which `hidden` counts), and float32 sums U, n D each; for a tile of t tokens and C
+    rows float32 logits and their weights, of which plain code makes seven more copies; and the
+    chunk where it must be converted. At the end a tile takes five float32 copies of D.
     """
     hidden, item = work.decoder.hidden_size, work.element_bytes
     tokens = min(layout.visit_tokens, work.step_loss_tokens)
     rows, tile = head_chunk_rows(work), min(layout.head_tile_tokens, tokens)
     logits = tile * rows * (4 + item + (28 if layout.kernels == "plain" else 0))
     converted = 0 if work.compute_dtype == "bfloat16" else rows * hidden * item
-    end = tokens * hidden * 3 * 4
-    kept = tokens * hidden * (3 * item + 4)
-    gradient = layout.visit_tokens * hidden * work.stream_bytes
-    return kept + max(logits + converted, end, gradient)
+    loss = tokens * hidden * (2 * item + 4) + max(logits + converted, tile * hidden * 5 * 4)
+    return max(loss, layout.visit_tokens * hidden * work.stream_bytes)
 
 
 def slack_bytes(work: Workload, layout: Layout, transient_bytes: int) -> int:
@@ -431,7 +442,7 @@ def host_bytes(work: Workload, layout: Layout, host_weights: HostWeights) -> dic
         "adapter": (3 if on_device else 4) * 4 * work.master_elements,
         "adapter_copies": 0 if on_device else adapter_copy_bytes(work),
         "checkpoints": waiting if layout.checkpoints == "host" else 0,
-        "offload": offload_host_bytes(work, layout),
+        "offload": offload_bytes(work, layout) if layout.checkpoints == "host" else 0,
         "managed_optimizer": managed_bytes(work),
         "staging": row_bytes(work, layout) + (0 if host_weights == "pinned" else BOUNCE_BYTES),
         "process": PROCESS_BYTES[True],
@@ -451,10 +462,10 @@ def head_table_bytes(work: Workload) -> int:
     return work.decoder.vocab_size * work.decoder.hidden_size * HEAD_BYTES
 
 
-def offload_host_bytes(work: Workload, layout: Layout) -> int:
+def offload_bytes(work: Workload, layout: Layout) -> int:
     """Outputs of all layers and micro-batches that are kept instead of recomputed."""
     columns = sum(
-        layer.count * _layer_offload_columns(work, layer, layout.offload) for layer in work.layers
+        layer.count * _offload_columns(work, layer, layout.offload) for layer in work.layers
     )
     return columns * layout.visit_tokens * work.element_bytes
 

@@ -17,8 +17,8 @@ GROUPS = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-# GEMMs are fastest when rows begin at multiples of 32 bytes; a smaller multiple needs no more.
-RANK_MULTIPLE = 16
+# GEMMs want rows to begin at multiples of 16 bytes.
+RANK_MULTIPLE = 8
 ALIGNMENT_BYTES = 256
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -39,11 +39,6 @@ class GroupSize:
     rank: int
     master_elements: int
     lora_elements: int
-
-    @property
-    def copy_elements(self) -> int:
-        """Elements of A (R, in) and B (out, R) as GEMMs use them."""
-        return self.rank * (self.in_size + self.out_size)
 
     @property
     def scratch_elements(self) -> int:
@@ -95,11 +90,6 @@ class LayerSize:
     def master_elements(self) -> int:
         """Elements of the layer's A and B."""
         return sum(group.master_elements for group in self.groups)
-
-    @property
-    def copy_elements(self) -> int:
-        """Elements of the layer's A and B as GEMMs use them."""
-        return sum(group.copy_elements for group in self.groups)
 
     @property
     def scratch_elements(self) -> int:

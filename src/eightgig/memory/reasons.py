@@ -44,10 +44,10 @@ def _max_length(problem: Problem, solution: Solution) -> Choice:
     )
     if problem.config.data.max_length != AUTO:
         reason = f"{_SET}; {limit}"
-    elif length < problem.wanted_length:
-        reason = f"the longest that fits; the longest row has {problem.wanted_length:,} tokens"
     elif problem.rows is None:
         reason = f"no data is known; {limit}"
+    elif length < problem.wanted_length:
+        reason = f"the longest that fits; the longest row has {problem.wanted_length:,} tokens"
     else:
         reason = f"the longest row; {limit}"
     return Choice(name="max_length", value=f"{length}", reason=reason)

@@ -20,7 +20,7 @@ from eightgig.memory.estimate import (
     head_chunk_rows,
     is_optimizer_on_device,
     num_head_chunks,
-    offload_host_bytes,
+    offload_bytes,
     row_bytes,
     slots_for_everything,
 )
@@ -161,9 +161,12 @@ def mean_keys(row_tokens: float, window: int | None) -> float:
 
 
 def _active_elements(work: Workload, layer: LayerSize) -> float:
+    """Weights that a token is multiplied with in a layer: of the experts, those it passes."""
     decoder = work.decoder
     share = decoder.num_active_experts / decoder.num_experts if decoder.num_experts else 0.0
-    return layer.linear_elements + share * layer.expert_elements
+    # Gate, projection and the context part of a per-layer embedding.
+    per_layer_input = 3 * decoder.ple_size * decoder.hidden_size
+    return layer.linear_elements + share * layer.expert_elements + per_layer_input
 
 
 def _gemm_ratio(tokens: float) -> float:
@@ -182,11 +185,12 @@ def _layer_seconds(
     for layer in work.layers:
         mlp = layer.shape.intermediate_size * work.decoder.hidden_size * 3
         other = _active_elements(work, layer) - mlp
-        lora = sum(group.copy_elements for group in layer.groups)
+        lora = sum(group.rank * (group.in_size + group.out_size) for group in layer.groups)
         rate = rates.gemm_flops_per_second
         # 2 per weight each for forward, recompute and gradient; the adapter's own gradients too.
         once = 2 * tokens * (mlp / _gemm_ratio(tile) + (other + lora) / _gemm_ratio(tokens)) / rate
         adapter = 2 * 2 * tokens * lora / _gemm_ratio(tokens) / rate
+        repeated = 2.5 if "attention" in layout.offload else 3.5
         saved = _offloaded_flops_ratio(work, layer, layout.offload) * once
         keys = mean_keys(min(tokens, work.row_tokens), layer.shape.sliding_window)
         ratio = ATTENTION_RATIO[(layout.kernels, layer.shape.head_dim > 256)]
@@ -198,7 +202,7 @@ def _layer_seconds(
         python = TILE_SECONDS * (tiles - 1)
         forward += layer.count * max(once + attend + passing / 4, FORWARD_VISIT_SECONDS + python)
         backward += layer.count * max(
-            2 * once - saved + adapter + 3.5 * attend + passing * 3 / 4,
+            2 * once - saved + adapter + repeated * attend + passing * 3 / 4,
             BACKWARD_VISIT_SECONDS + 2 * python,
         )
     return forward, backward
@@ -211,8 +215,6 @@ def _offloaded_flops_ratio(work: Workload, layer: LayerSize, offload: tuple[str,
         "down_proj": hidden * feed_forward,
         "o_proj": hidden * layer.query_size,
         "attention": 0,
-        "gate_up": 2 * hidden * feed_forward,
-        "qkv": hidden * layer.qkv.out_size,
     }
     return sum(elements[name] for name in offload) / layer.linear_elements
 
@@ -247,9 +249,10 @@ def _copy_seconds(
     layer = sum(kind.count * kind.blob_bytes for kind in work.layers) / work.num_layers
     chunk = head_chunk_rows(work) * work.decoder.hidden_size * HEAD_BYTES
     share = work.mean_step_tokens / (layout.visit_tokens * visits)
-    kept = checkpoint_bytes(work, layout) if layout.checkpoints == "host" else 0
-    kept += offload_host_bytes(work, layout)
-    kept = int(kept * share * visits)
+    kept = 0.0
+    if layout.checkpoints == "host":
+        kept = checkpoint_bytes(work, layout) + offload_bytes(work, layout)
+        kept *= share * visits
     rows = row_bytes(work, layout) / (2 * PINNED_ROUNDING) * share * visits
     gradients = 0 if is_optimizer_on_device(work) else 4 * work.master_elements * visits
     return (

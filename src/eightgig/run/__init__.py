@@ -2,7 +2,7 @@
 
 from eightgig.run.environment import Environment, describe_environment
 from eightgig.run.files import append_json_line, write_atomically, write_json
-from eightgig.run.folder import Event, EventKind, Progress, Run, check_run, create_run
+from eightgig.run.folder import Event, EventKind, Run, check_run, create_run
 from eightgig.run.log import log_to, mask_secrets
 from eightgig.run.records import from_json, to_json
 
@@ -10,7 +10,6 @@ __all__ = [
     "Environment",
     "Event",
     "EventKind",
-    "Progress",
     "Run",
     "append_json_line",
     "check_run",

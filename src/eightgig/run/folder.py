@@ -80,22 +80,6 @@ class Event:
     values: Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a long piece of work is; shown, not kept.
-
-    Attributes:
-        work: What is done, for example `preparing weights`.
-        done, total: In `unit`; `total` is None where it is not known.
-        unit: What is counted.
-    """
-
-    work: str
-    done: int
-    total: int | None
-    unit: Literal["bytes", "rows"]
-
-
 def check_run(config: Config, *, resume: bool) -> Run:
     """The run folder that `config` names, before anything is made or fetched for it.
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from eightgig.errors import EightgigError
 from eightgig.run.folder import Run
 
 _MASK = "***"
@@ -52,11 +53,18 @@ def log_to(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        if isinstance(sys.exc_info()[1], Exception):  # neither Ctrl-C nor a closed generator
-            logger.error("The run ended early.", exc_info=True)
+        _log_end(logger, sys.exc_info()[1])
         logger.setLevel(level)
         logger.removeHandler(handler)
         handler.close()
+
+
+def _log_end(logger: logging.Logger, error: BaseException | None) -> None:
+    """Say why a run ended early; neither Ctrl-C nor a closed generator is an error."""
+    if isinstance(error, EightgigError):
+        logger.error("%s %s %s", error.message, error.why, error.fix)
+    elif isinstance(error, Exception):
+        logger.error("The run ended early.", exc_info=error)
 
 
 class _MaskingFormatter(logging.Formatter):

@@ -6,8 +6,10 @@ a layer's copy to the device waits for that layer alone. Numerically nothing cha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +21,7 @@ from eightgig.engine.gradients import Gradients
 from eightgig.errors import HardwareError
 
 _HOST_MOMENTS = ("exp_avg", "exp_avg_sq")
+_LAYERS_PER_RUN = 6
 
 
 class Optimizer(Protocol):
@@ -49,13 +52,29 @@ def make_optimizer(adapter: Adapter, gradients: Gradients, config: TrainConfig) 
 
 
 class HostAdamW:
-    """torch's fused AdamW, one per layer, stepped by a thread behind the next forward pass."""
+    """torch's fused AdamW over runs of layers, stepped by a thread behind the next forward pass.
+
+    Runs of several layers, since the thread shares Python with the one that drives the GPU.
+    """
 
     def __init__(self, adapter: Adapter, gradients: Gradients, config: TrainConfig) -> None:
         self._adapter = adapter
         self._gradients = gradients
-        self._optimizers = [_adamw(master, config) for master in adapter.masters]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="eightgig-adamw")
+        self._runs = _layer_runs(adapter)
+        self._optimizer = torch.optim.AdamW(
+            [run.masters for run in self._runs],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        drives_gpu = gradients.device.type == "cuda"
+        self._thread = ThreadPoolExecutor(
+            1,
+            thread_name_prefix="eightgig-adamw",
+            initializer=_leave_cores if drives_gpu else None,
+        )
         self._running: Future[None] | None = None
 
     def start_step(self, learning_rate: float, grad_scale: float) -> None:
@@ -75,47 +94,78 @@ class HostAdamW:
     def state_tensors(self) -> dict[str, Tensor]:
         """Both moments of every adapter tensor, and the count of steps."""
         self.finish()
-        tensors = dict(self._named_moments())
-        tensors["step"] = torch.tensor(float(self._steps()))
-        return tensors
+        state = self._optimizer.state.get(self._runs[0].masters)
+        if not state:
+            return {}
+        return {**dict(self._named_moments()), "step": state["step"].clone()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take moments and the count of steps."""
         self.finish()
-        steps = float(tensors["step"])
-        for optimizer, master in zip(self._optimizers, self._adapter.masters, strict=True):
-            state: dict[str, Any] = {name: torch.zeros_like(master) for name in _HOST_MOMENTS}
-            optimizer.state[master] = {**state, "step": torch.tensor(steps)}
+        for run in self._runs:
+            state: dict[str, Tensor] = {
+                name: torch.zeros_like(run.masters) for name in _HOST_MOMENTS
+            }
+            state["step"] = tensors["step"].clone()
+            self._optimizer.state[run.masters] = state
         for name, view in self._named_moments():
             view.copy_(tensors[name])
 
     def _update(self, learning_rate: float, grad_scale: float) -> None:
         try:
-            for layer, optimizer in enumerate(self._optimizers):
-                master = self._adapter.masters[layer]
-                grad = self._gradients.wait(layer)
+            self._optimizer.param_groups[0]["lr"] = learning_rate
+            for run in self._runs:
+                for layer in run.layers:
+                    self._gradients.wait(layer)
+                grad = self._gradients.whole[run.place]
                 if grad_scale != 1.0:
                     grad.mul_(grad_scale)
-                master.grad = grad
-                optimizer.param_groups[0]["lr"] = learning_rate
-                optimizer.step()
-                self._adapter.refresh(layer)
+                # Parameters without a gradient are passed over: one run moves at a time.
+                run.masters.grad = grad
+                self._optimizer.step()
+                run.masters.grad = None
+                for layer in run.layers:
+                    self._adapter.refresh(layer)
         finally:
             # A reader must not wait for ever; `finish` raises what went wrong here.
             for fresh in self._adapter.fresh:
                 fresh.set()
 
-    def _steps(self) -> float:
-        state = self._optimizers[0].state.get(self._adapter.masters[0])
-        return float(state["step"]) if state else 0.0
-
     def _named_moments(self) -> Iterator[tuple[str, Tensor]]:
-        for layer, optimizer in enumerate(self._optimizers):
-            state = optimizer.state.get(self._adapter.masters[layer], {})
+        for run in self._runs:
+            state = self._optimizer.state[run.masters]
+            sizes = [self._adapter.masters[layer].numel() for layer in run.layers]
             for moment in _HOST_MOMENTS:
-                if moment in state:
-                    views = named_views(state[moment], self._adapter.layers[layer], layer)
-                    yield from ((f"{name}.{moment}", view) for name, view in views)
+                parts = state[moment].split(sizes)
+                for layer, part in zip(run.layers, parts, strict=True):
+                    for name, view in named_views(part, self._adapter.layers[layer], layer):
+                        yield f"{name}.{moment}", view
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerRun:
+    """Some layers in a row: their indices, their place in the whole, and its masters."""
+
+    layers: range
+    place: slice
+    masters: Tensor
+
+
+def _layer_runs(adapter: Adapter) -> list[_LayerRun]:
+    count = len(adapter.masters)
+    starts = [run.storage_offset() for run in adapter.masters] + [adapter.whole.numel()]
+    runs = []
+    for first in range(0, count, _LAYERS_PER_RUN):
+        layers = range(first, min(first + _LAYERS_PER_RUN, count))
+        place = slice(starts[layers.start], starts[layers.stop])
+        if place.stop > place.start:
+            runs.append(_LayerRun(layers, place, adapter.whole[place]))
+    return runs
+
+
+def _leave_cores() -> None:
+    """Leave processors to the thread that feeds the GPU; moving numbers needs only some."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 3))
 
 
 class EightBitAdamW:
@@ -174,17 +224,6 @@ class EightBitAdamW:
                 else:
                     state[name] = int(saved)
         self._optimizer.initialized = True
-
-
-def _adamw(master: Tensor, config: TrainConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [master],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
 
 
 def _eight_bit_class(*, is_paged: bool) -> Any:

@@ -1,0 +1,160 @@
+"""The subcommands: each parses its arguments, calls one function of the library and draws.
+
+Whatever is slow to import is imported inside a command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eightgig.cli import render
+from eightgig.config import read_config, starting_values, write_example
+from eightgig.errors import DataError, DoesNotFitError, HardwareError
+
+if TYPE_CHECKING:
+    from eightgig.cli.inputs import Asked
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The config.yaml to use.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="GROUP.NAME=VALUE", help="Put a setting over the file's; repeatable."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+
+
+def init(
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Hub id or folder; by default what suits this machine."),
+    ] = None,
+    data: Annotated[
+        str, typer.Option(metavar="DATA", help="File with the rows to train on.")
+    ] = "data.jsonl",
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to write the config; never over a file.")
+    ] = Path("config.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented config.yaml for a model, a data file and this machine."""
+    from eightgig.hardware.probe import probe
+
+    machine = probe()
+    has_gpu = machine.device == "cuda"
+    values = starting_values(model=model, data=data, config_path=output, has_gpu=has_gpu)
+    write_example(output, values, notes=(f"This machine: {render.machine_words(machine)}.",))
+    render.show_new_config(output, values, machine, as_json=as_json)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can do, and the exact fix for what it cannot."""
+    from eightgig.hardware.doctor import examine
+
+    examination = examine()
+    render.show_examination(examination, as_json=as_json)
+    if not examination.can_train:
+        raise typer.Exit(HardwareError.exit_code)
+
+
+def plan(  # noqa: PLR0913 - the arguments of a command are its options
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="The config.yaml to plan for.")
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model, instead of a config's.")
+    ] = None,
+    vram: Annotated[
+        str | None,
+        typer.Option(metavar="CARD", help="Another card: its memory (8GiB) or name (RTX 4060)."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Longest row in tokens.")
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=A,B,...", help="One plan for each value of a setting."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the memory by item as SVG.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say before a weight is loaded whether it fits, what goes where, and why."""
+    from eightgig.cli.inputs import read_request
+    from eightgig.memory.plan import make_plan
+
+    asked = read_request(config, overrides or [], model=model, vram=vram, max_tokens=max_tokens)
+    if sweep is not None:
+        _sweep(asked, sweep, as_json=as_json)
+        return
+    made = make_plan(
+        asked.spec, asked.hardware, asked.config, rows=asked.rows, is_prepared=asked.is_prepared
+    )
+    render.show_plan(made, asked, picture=picture, as_json=as_json)
+    if not made.fits:
+        raise typer.Exit(DoesNotFitError.exit_code)
+
+
+def _sweep(asked: Asked, text: str, *, as_json: bool) -> None:
+    from eightgig.cli.inputs import read_sweep
+    from eightgig.memory.sweep import sweep
+
+    key, values = read_sweep(text)
+    points = sweep(asked.spec, asked.hardware, asked.config, key, values, rows=asked.rows)
+    render.show_sweep(key, points, as_json=as_json)
+
+
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Take warnings for errors.")] = False,
+    token_ids: Annotated[
+        bool, typer.Option("--token-ids", help="Show the numbers of the sample's tokens.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every row, say what is wrong with it, and show how the model will see it."""
+    settings = read_config(config, overrides or ())
+    from eightgig.cli.data_view import show_data
+    from eightgig.cli.inputs import find_tokenizer
+    from eightgig.cli.progress import WorkView
+    from eightgig.data.checks import check_data
+
+    tokenizer = find_tokenizer(settings)
+    with WorkView(stderr=True) as view:
+        report = check_data(settings.data, tokenizer, seed=settings.train.seed, progress=view.rows)
+    show_data(report, token_ids=token_ids, as_json=as_json)
+    if report.has_errors or (strict and report.has_warnings):
+        raise typer.Exit(DataError.exit_code)
+
+
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest intact checkpoint.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter; everything is written into the run folder."""
+    settings = read_config(config, overrides or ())
+    from eightgig.cli.progress import TrainingView
+    from eightgig.finetune import finetune
+
+    with TrainingView(settings, as_json=as_json) as view:
+        try:
+            for report in finetune(settings, resume=resume, observe=view.notice):
+                view.step(report)
+        except KeyboardInterrupt:
+            render.show_note(f"Interrupted. Go on with: eightgig train {config} --resume")
+            raise
+    render.show_trained(settings, view.last_report, as_json=as_json)
+
+
+ALL: tuple[Callable[..., None], ...] = (init, doctor, plan, check, train)

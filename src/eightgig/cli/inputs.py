@@ -1,0 +1,181 @@
+"""What `plan` and `check` are asked about: settings, a model without its weights, a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eightgig.config import DEMO_MODEL, Config, read_config
+from eightgig.data.sources import find_sources
+from eightgig.demo import demo_model_path
+from eightgig.errors import ConfigError, ModelError
+from eightgig.hardware.cards import hardware_from_card
+from eightgig.hardware.probe import Hardware, probe
+from eightgig.memory.workload import RowLengths
+from eightgig.models.checkpoint import read_config as read_model_config
+from eightgig.models.checkpoint import read_model_spec
+from eightgig.models.hub import (
+    download_small_files,
+    find_local_model,
+    find_model,
+    look_up_hub_model,
+)
+from eightgig.models.known import known_model_spec
+from eightgig.models.read import parse_model_spec
+from eightgig.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What a plan is made for.
+
+    Attributes:
+        config, spec, hardware: As for `make_plan`.
+        rows: What is known of the rows, None where they were not read.
+        is_prepared: Whether the prepared weights are on the disk already.
+        notes: What was assumed, in words.
+    """
+
+    config: Config
+    spec: ModelSpec
+    hardware: Hardware
+    rows: RowLengths | None
+    is_prepared: bool
+    notes: tuple[str, ...] = ()
+
+
+def read_request(
+    config_path: Path | None,
+    overrides: list[str],
+    *,
+    model: str | None,
+    vram: str | None,
+    max_tokens: int | None,
+) -> Asked:
+    """What the arguments of `eightgig plan` ask about.
+
+    Args:
+        config_path: A config; None: the defaults, for `model`.
+        overrides: Settings put over it.
+        model: Another model than the config's.
+        vram: Another card than this machine's: its name or memory.
+        max_tokens: Another longest row than the config's.
+
+    Raises:
+        EightgigError: Something named does not exist or cannot be read.
+    """
+    overrides = [*overrides]
+    if model is not None:
+        overrides.append(f"model.name={model}")
+    if max_tokens is not None:
+        overrides.append(f"data.max_length={max_tokens}")
+    if config_path is None and model is None:
+        raise ConfigError(
+            "There is nothing to plan for.",
+            why="A plan is made for the model and the settings of a config.",
+            fix="Name a config, or a model: eightgig plan --model google/gemma-4-12B-it.",
+        )
+    if config_path is None:
+        overrides = ["data.path=none", *overrides]
+    config = read_config(config_path, overrides)
+    spec = find_spec(config)
+    hardware = probe(config.memory.device) if vram is None else hardware_from_card(vram)
+    rows, is_prepared, note = (None, False, None)
+    if config_path is not None:
+        rows, is_prepared, note = _read_rows(config)
+    return Asked(
+        config=config,
+        spec=spec,
+        hardware=hardware,
+        rows=rows,
+        is_prepared=is_prepared,
+        notes=() if note is None else (note,),
+    )
+
+
+def read_sweep(text: str) -> tuple[str, list[str]]:
+    """Setting and values of `max_length=1024,2048`.
+
+    Raises:
+        ConfigError: It has another form.
+    """
+    key, _, values = text.partition("=")
+    words = [word.strip() for word in values.split(",") if word.strip()]
+    if not key.strip() or not words:
+        raise ConfigError(
+            f'--sweep {text}: this is not "name=value,value,...".',
+            why="One plan is made for each value of one setting.",
+            fix="Write for example --sweep max_length=1024,2048,4096.",
+        )
+    return key.strip(), words
+
+
+def find_spec(config: Config) -> ModelSpec:
+    """The model of `config`; its weights need not be here, a folder may hold a config.json alone.
+
+    Raises:
+        ModelError: No such model, or of another family.
+    """
+    name = config.model.name
+    if name == DEMO_MODEL:
+        return read_model_spec(demo_model_path(), name=name)
+    local = find_local_model(name)
+    if local is not None:
+        return parse_model_spec(read_model_config(local.path), name=name)
+    known = known_model_spec(name)
+    return known or look_up_hub_model(name, revision=config.model.revision).spec
+
+
+def find_tokenizer(config: Config) -> PreTrainedTokenizerFast:
+    """The tokenizer of the model of `config`; of a hub model no weights are fetched.
+
+    Raises:
+        ModelError: No such model, or no usable tokenizer.
+        DataError: `data.chat_template` names no template.
+    """
+    from eightgig.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(_small_files(config), config.data.chat_template)
+
+
+def _small_files(config: Config) -> Path:
+    name, revision = config.model.name, config.model.revision
+    if name == DEMO_MODEL:
+        return demo_model_path()
+    local = find_local_model(name)
+    if local is not None:
+        return local.path
+    try:
+        return download_small_files(look_up_hub_model(name, revision=revision)).path
+    except ModelError:
+        # The copy in the cache where the hub gives no answer; otherwise the same error again.
+        return find_model(name, revision=revision).path
+
+
+def _read_rows(config: Config) -> tuple[RowLengths | None, bool, str | None]:
+    """The rows as `train` would see them, where model and data are on this machine.
+
+    Returns:
+        What is known of them, whether the model is prepared, and what was assumed instead.
+    """
+    if config.model.name != DEMO_MODEL and find_local_model(config.model.name) is None:
+        return None, False, "The rows were not read: the model is not a folder on this machine."
+    sources, faults = find_sources(config.data.path, split=config.data.split)
+    if faults or any(source.kind == "datasets" for source in sources):
+        return None, False, "The rows were not read: they are not files on this machine."
+    from eightgig.data.load import load_dataset
+    from eightgig.data.tokenizer import load_tokenizer
+    from eightgig.memory.fit import row_lengths
+    from eightgig.models.find import find_base_model
+    from eightgig.quant.store import is_prepared, store_folder
+
+    found = find_base_model(
+        config.model, store_folder=store_folder(config.model), show=lambda _: None
+    )
+    tokenizer = load_tokenizer(found.folder, config.data.chat_template)
+    rows, held_out, _ = load_dataset(config.data, tokenizer, seed=config.train.seed)
+    return row_lengths(config, rows, held_out), is_prepared(found, config.model), None

@@ -1,0 +1,264 @@
+"""Everything the terminal shows but the course of a training: errors, findings, plans, tables.
+
+Results go to standard output, all else to standard error, so that `--json` stays clean.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from eightgig.config import Choice, Config
+from eightgig.errors import EightgigError, Finding
+from eightgig.run import Run, mask_secrets, to_json, write_atomically
+from eightgig.units import MIB, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from eightgig.cli.inputs import Asked
+    from eightgig.hardware.doctor import Examination
+    from eightgig.hardware.facts import Facts
+    from eightgig.hardware.probe import Hardware
+    from eightgig.memory.plan import Plan
+    from eightgig.memory.sweep import SweepPoint
+    from eightgig.training.step import StepReport
+
+SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+_PIPE_COLUMNS = 140
+_REPORT_AT = "https://github.com/eightgig/eightgig/issues"
+
+
+def show_line(text: str, style: str = "") -> None:
+    """One line of a result."""
+    show_text(Text(text, style=style))
+
+
+def show_text(text: Text) -> None:
+    """Text of a result, in its colours."""
+    _write(_output(), text)
+
+
+def show_table(table: Table) -> None:
+    """A table of a result."""
+    _output().print(table)
+
+
+def show_note(text: str) -> None:
+    """One line that is no result."""
+    _write(_output(stderr=True), Text(text, style="dim"))
+
+
+def show_json(value: Any) -> None:
+    """`value` (a record or plain JSON) as one line."""
+    print(json.dumps(to_json(value)))
+
+
+def show_error(error: EightgigError, *, as_json: bool = False) -> None:
+    """What happened, why, what to do; with `as_json` on standard output, too."""
+    if as_json:
+        parts = {"message": error.message, "why": error.why, "fix": error.fix}
+        show_json({"error": {**parts, "findings": error.findings}})
+    console = _output(stderr=True)
+    _write(console, Text.assemble(("error: ", SEVERITY_STYLES["error"]), error.message))
+    if len(error.findings) > 1:
+        for finding in error.findings:
+            _write(console, Text.assemble("  ", _finding_text(finding)))
+    _write(console, Text.assemble(("why:   ", "bold"), error.why))
+    _write(console, Text.assemble(("fix:   ", "bold"), error.fix))
+
+
+def show_fault() -> None:
+    """The traceback of the error being handled, and where to report it."""
+    console = _output(stderr=True)
+    _write(console, Text(mask_secrets(traceback.format_exc().rstrip())))
+    _write(console, Text(f"This is a fault of eightgig. Please report it: {_REPORT_AT}", "bold"))
+
+
+def show_findings(findings: Iterable[Finding]) -> None:
+    """Each finding with its place, why it matters and what to do."""
+    console = _output()
+    for finding in findings:
+        head = (f"{finding.severity}: ", SEVERITY_STYLES[finding.severity])
+        _write(console, Text.assemble(head, _finding_text(finding, with_fix=False)))
+        _write(console, Text.assemble(("  why: ", "dim"), finding.why))
+        _write(console, Text.assemble(("  fix: ", "dim"), finding.fix))
+
+
+def show_examination(examination: Examination, *, as_json: bool) -> None:
+    """What the doctor saw, every finding with its fix, and the verdict."""
+    facts, findings = examination.facts, examination.findings
+    if as_json:
+        show_json({"can_train": examination.can_train, "findings": findings, "facts": facts})
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, words in _machine_rows(facts):
+        table.add_row(Text(name, style="dim"), Text(words))
+    show_table(table)
+    show_findings(findings)
+    if examination.can_train:
+        show_line("This machine can train.", "bold green")
+    else:
+        show_line("Training cannot work here until the errors above are mended.", "bold red")
+
+
+def show_plan(plan: Plan, asked: Asked, *, picture: Path | None, as_json: bool) -> None:
+    """Whether it fits, memory by item, every choice with its reason, and what would help."""
+    if picture is not None:
+        from eightgig.memory.picture import draw_plan
+
+        write_atomically(picture, draw_plan(plan, title=asked.spec.name))
+    if as_json:
+        show_json(plan)
+        return
+    console = _output()
+    _write(console, Text(f"{asked.spec.name} on {machine_words(asked.hardware)}", "bold"))
+    for note in asked.notes:
+        _write(console, Text(note, "dim"))
+    _write(console, _verdict(plan))
+    device = "VRAM" if plan.device == "cuda" else "Memory"
+    console.print(_bytes_table(f"{device} at the peak", plan.breakdown, plan.peak_bytes))
+    console.print(_bytes_table(f"{device} budget", plan.budget_breakdown, plan.budget_bytes))
+    console.print(_bytes_table("Host memory", plan.host_breakdown, plan.host_bytes))
+    console.print(_choices_table(plan.choices))
+    for line in _forecast(plan):
+        _write(console, Text(line))
+    for advice in plan.advice:
+        _write(console, Text(f"- {advice}"))
+
+
+def show_sweep(key: str, points: Sequence[SweepPoint], *, as_json: bool) -> None:
+    """One line for each value of a setting."""
+    if as_json:
+        show_json({"setting": key, "points": points})
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in (key, "fits", "peak", "budget", "host memory", "tokens/s"):
+        table.add_column(column, justify="right")
+    for point in points:
+        plan = point.plan
+        speed = "" if plan.tokens_per_second is None else f"{plan.tokens_per_second:,.0f}"
+        sizes = (plan.peak_bytes, plan.budget_bytes, plan.host_bytes)
+        fits = "yes" if plan.fits else "no"
+        table.add_row(str(point.value), fits, *(format_bytes(size) for size in sizes), speed)
+    show_table(table)
+
+
+def show_new_config(
+    path: Path, values: Mapping[str, object], machine: Hardware, *, as_json: bool
+) -> None:
+    """What `init` wrote, and what comes next."""
+    if as_json:
+        show_json({"config": str(path), "settings": values, "machine": machine})
+        return
+    show_line(f"Wrote {path}", "bold green")
+    show_line(f"  machine: {machine_words(machine)}")
+    for setting, value in values.items():
+        show_line(f"  {setting}: {value}")
+    show_line(f"Next: eightgig check {path}, eightgig plan {path}, eightgig train {path}")
+
+
+def show_trained(config: Config, report: StepReport | None, *, as_json: bool) -> None:
+    """Where the adapter lies, and what comes next; `report` is None where no step was left."""
+    run = Run(folder=Path(config.run.output_dir, config.run.name))
+    if as_json:
+        done = {} if report is None else {"step": report.step, "loss": report.loss}
+        show_json({"run": str(run.folder), "adapter": str(run.adapter_path), **done})
+        return
+    if report is None:
+        show_line("No step was left to train.")
+    show_line(f"Adapter: {run.adapter_path}", "bold green")
+
+
+def machine_words(machine: Hardware) -> str:
+    """The machine in one line."""
+    vram = (
+        f" with {format_bytes(machine.vram_total_bytes)} of VRAM"
+        if machine.device == "cuda"
+        else ""
+    )
+    return f"{machine.name}{vram}, {format_bytes(machine.host_total_bytes)} of main memory"
+
+
+def _finding_text(finding: Finding, *, with_fix: bool = True) -> str:
+    text = finding.place + finding.message
+    return f"{text} {finding.fix}" if with_fix else text
+
+
+def _bytes_table(title: str, items: Mapping[str, int], total_bytes: int) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("item")
+    table.add_column("MiB", justify="right")
+    table.add_column("", justify="left")
+    largest = max((abs(size) for size in items.values()), default=0) or 1
+    for name, size in items.items():
+        bar = "#" * round(24 * abs(size) / largest)
+        table.add_row(name.replace("_", " "), f"{size / MIB:,.1f}", Text(bar, style="blue"))
+    table.add_row(Text("total", "bold"), Text(f"{total_bytes / MIB:,.1f}", "bold"), "")
+    return table
+
+
+def _choices_table(choices: Iterable[Choice]) -> Table:
+    table = Table(title="Choices", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("choice", "value", "because", "instead of"):
+        table.add_column(column)
+    for choice in choices:
+        row = (choice.name, choice.value, choice.reason, choice.rejected)
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _machine_rows(facts: Facts) -> Iterator[tuple[str, str]]:
+    yield "system", facts.system + (" (WSL)" if facts.is_wsl else "")
+    if facts.gpu is None:
+        yield "GPU", "none; the processor computes"
+    else:
+        vram = f"{format_bytes(facts.gpu.total_bytes)}, {format_bytes(facts.gpu.free_bytes)} free"
+        yield "GPU", f"{facts.gpu.name}, {vram}"
+    free, total = format_bytes(facts.host_free_bytes), format_bytes(facts.host_total_bytes)
+    yield "main memory", f"{total}, {free} free"
+    yield "disk", f"{format_bytes(facts.disk_free_bytes)} free for prepared weights"
+    yield from facts.versions.items()
+    rates = facts.rates
+    if rates is not None:
+        yield "matrix products", f"{rates.gemm_flops_per_second / 1e12:.1f} TFLOP/s"
+        copies = (rates.host_to_device_bytes_per_second, rates.device_to_host_bytes_per_second)
+        yield "copies", " in, ".join(f"{format_bytes(rate)}/s" for rate in copies) + " out"
+
+
+def _verdict(plan: Plan) -> Text:
+    word, style = ("It fits", "bold green") if plan.fits else ("It does not fit", "bold red")
+    peak, budget = format_bytes(plan.peak_bytes), format_bytes(plan.budget_bytes)
+    host, allowed = format_bytes(plan.host_bytes), format_bytes(plan.host_budget_bytes)
+    disk = format_bytes(plan.disk_bytes)
+    device = "VRAM" if plan.device == "cuda" else "memory"
+    needs = f": {peak} of {budget} {device}, {host} of {allowed} host memory, {disk} of disk."
+    return Text.assemble((word, style), needs)
+
+
+def _forecast(plan: Plan) -> Iterator[str]:
+    if plan.tokens_per_second is not None:
+        low, high = plan.tokens_per_second_range or (plan.tokens_per_second,) * 2
+        yield f"Speed: {plan.tokens_per_second:,.0f} tokens/s ({low:,.0f} to {high:,.0f})."
+    if plan.run_seconds is not None:
+        short, long = plan.run_seconds_range or (plan.run_seconds,) * 2
+        span = f"{format_seconds(short)} to {format_seconds(long)}"
+        steps = f"{plan.num_steps:,} optimizer steps"
+        yield f"Run: {steps} in {format_seconds(plan.run_seconds)} ({span})."
+
+
+def _output(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    # A file or a pipe has no width; tables squeezed into 80 columns are hard to read there.
+    return console if console.is_terminal else Console(stderr=stderr, width=_PIPE_COLUMNS)
+
+
+def _write(console: Console, text: Text) -> None:
+    # Not wrapped and not guessed at: paths and commands must be there to copy.
+    console.print(text, soft_wrap=True, highlight=False)

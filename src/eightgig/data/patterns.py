@@ -1,0 +1,130 @@
+"""What texts of a row should not hold: placeholders, keys, personal data, broken characters.
+
+Every pattern runs in time linear in the text. Found secrets are never repeated in a message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from eightgig.data.rules import Notes
+
+_SECRETS: Mapping[str, re.Pattern[str]] = MappingProxyType(
+    {
+        "a private key": re.compile(r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----"),
+        "an AWS access key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+        "a GitHub token": re.compile(r"\b(?:gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{50,90})\b"),
+        "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,40}\b"),
+        "an API key": re.compile(r"\bsk-(?:proj-|ant-|live-)?[A-Za-z0-9_-]{32,200}"),
+        "a Slack token": re.compile(r"\bxox[abprs]-[A-Za-z0-9-]{10,80}"),
+        "a Google API key": re.compile(r"\bAIza[0-9A-Za-z_-]{35}"),
+        "a signed web token": re.compile(r"\beyJ[\w-]{10,400}\.eyJ[\w-]{10,2000}\.[\w-]{10,600}"),
+        "an address with a password": re.compile(r"\b[a-z]{3,12}://[^\s/:@]{1,60}:[^\s/@]{3,80}@"),
+    }
+)
+_SECRET_HINTS = ("-----BEGIN", "AKIA", "ASIA", "gh", "hf_", "sk-", "xox", "AIza", "eyJ", "://")
+_MAIL = re.compile(r"\b[\w.+-]{1,64}@([\w-]{1,63}(?:\.[\w-]{1,63}){1,4})\b")
+_SAMPLE_DOMAINS = re.compile(
+    r"(?:^|\.)(?:example\.(?:com|org|net)|example|test|invalid|localhost)$"
+)
+_DIGITS = re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d.,-]?\d)")
+_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+
+_CODE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`", re.DOTALL)
+_CODE_SIGNS = ("def ", "import ", "print(", "function ", "=>", "</", "#include", "class ",
+               "return ", 'f"', "f'", "{%", "console.", "const ")  # fmt: skip
+_PLACEHOLDER = re.compile(
+    r"\{\{\s?[A-Za-z_][\w .]{0,40}\}\}"
+    r"|\{(?:instruction|input|output|question|answer|response|context|prompt|completion|query)\}"
+    r"|[\[<](?:INSERT|YOUR|ENTER|PLACEHOLDER|TODO|FILL)[A-Za-z _]{0,40}[\]>]"
+    r"|\b[Ll]orem ipsum dolor"
+)
+_SPEAKER = re.compile(
+    r"^(?:### ?(?:Response|Assistant|Answer|Output)|Assistant|ASSISTANT|AI|Bot) ?:", re.MULTILINE
+)
+_STAND_INS = frozenset({"nan", "null", "undefined", "<na>", "#n/a", "#ref!", "#value!"})
+_MOJIBAKE = re.compile("\u00c3[\u0080-\u00bf]|\u00e2\u20ac[\u0080-\u2122]|\u00c2[\u00a0-\u00bf]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+def check_text(text: str, place: str, notes: Notes) -> None:
+    """Note what is wrong with one text of a row.
+
+    Args:
+        text: The text.
+        place: Where it stands, for example `turn 2`.
+        notes: Findings are added here.
+    """
+    if text.strip().lower() in _STAND_INS:
+        message = f'The text of {place} is only "{text.strip()}".'
+        notes.add("data.stand_in", message)
+    found = _CONTROL.search(text)
+    if found is not None:
+        code = f"U+{ord(found.group()):04X}"
+        notes.add("data.control_character", f"The text of {place} holds the character {code}.")
+    found = _MOJIBAKE.search(text)
+    if found is not None or "\ufffd" in text:
+        sample = "\ufffd" if found is None else found.group()
+        notes.add("data.mojibake", f'The text of {place} holds "{sample}".')
+    placeholder = find_placeholder(text)
+    if placeholder is not None:
+        notes.add("data.placeholder", f'The text of {place} holds "{placeholder}".')
+    secret = find_secret(text)
+    if secret is not None:
+        notes.add("data.secret", f"The text of {place} looks as if it held {secret}.")
+    personal = find_personal(text)
+    if personal is not None:
+        notes.add("data.personal", f"The text of {place} looks as if it held {personal}.")
+
+
+def check_plain_text(text: str, notes: Notes) -> None:
+    """Note where a row of plain text looks like a conversation."""
+    found = _SPEAKER.search(text)
+    if found is not None:
+        message = f'The text looks like a conversation: it holds "{found.group().strip()}".'
+        notes.add("data.prompt_in_text", message)
+
+
+def find_placeholder(text: str) -> str | None:
+    """A placeholder that was never filled in; code is not looked at."""
+    if not any(sign in text for sign in "{[<Ll"):
+        return None
+    prose = _CODE.sub("", text) if "`" in text else text
+    if any(sign in prose for sign in _CODE_SIGNS):
+        return None
+    found = _PLACEHOLDER.search(prose)
+    return None if found is None else found.group()
+
+
+def find_secret(text: str) -> str | None:
+    """The kind of key or token that `text` holds, as far as it can be told."""
+    if not any(hint in text for hint in _SECRET_HINTS):
+        return None
+    return next((kind for kind, pattern in _SECRETS.items() if pattern.search(text)), None)
+
+
+def find_personal(text: str) -> str | None:
+    """The kind of personal data that `text` holds, as far as it can be told."""
+    if "@" in text and any(not _SAMPLE_DOMAINS.search(m.lower()) for m in _MAIL.findall(text)):
+        return "an e-mail address"
+    if any(_is_card(match.group()) for match in _DIGITS.finditer(text)):
+        return "the number of a payment card"
+    if any(_is_iban(match.group()) for match in _IBAN.finditer(text)):
+        return "the number of a bank account"
+    return None
+
+
+def _is_card(text: str) -> bool:
+    digits = [int(character) for character in text if character.isdigit()]
+    if digits[0] not in (3, 4, 5, 6) or len(set(digits)) < 4:
+        return False
+    doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
+    return (sum(doubled) + sum(digits[-1::-2])) % 10 == 0
+
+
+def _is_iban(text: str) -> bool:
+    compact = text.replace(" ", "")
+    moved = compact[4:] + compact[:4]
+    return 15 <= len(compact) <= 34 and int("".join(str(int(c, 36)) for c in moved)) % 97 == 1

@@ -1,0 +1,1 @@
+"""What a run survives: kills, full disks, power cuts, damaged files."""

@@ -1,0 +1,56 @@
+"""The questions that only a running torch answers, on the processor."""
+
+import json
+
+import pytest
+
+from eightgig.hardware import bench
+from eightgig.hardware.facts import BitsandbytesFacts, StepFacts, TorchFacts
+from eightgig.hardware.software_checks import check_step
+from eightgig.run import from_json
+from tests.unit.hardware.machines import cpu_machine
+
+
+def test_a_processor_s_rates_are_positive_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_CPU_GEMM", (16, 32, 64))
+    monkeypatch.setattr(bench, "_COPY_BYTES", 1 << 16)
+    rates = bench.measure_rates("cpu")
+    assert rates.is_measured
+    assert rates.copy_engines == 1
+    assert min(rates.gemm_flops_per_second, rates.memory_bytes_per_second) > 0
+
+
+def test_a_real_nf4_step_agrees_with_float32() -> None:
+    errors = bench.nf4_step("cpu")
+    step = StepFacts(device="cpu", **errors)
+    assert 0.08 < errors["weight"] < 0.11  # what NF4 loses on normal numbers
+    assert errors["update"] < 0.01
+    (finding,) = check_step(cpu_machine(step=step))
+    assert finding.code == "doctor.nf4_step_ok"
+
+
+def test_a_wrong_dequantisation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes
+
+    right = bitsandbytes.matmul_4bit
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *a, **k: right(*a, **k) * 1.1)
+    step = StepFacts(device="cpu", **bench.nf4_step("cpu"))
+    (finding,) = check_step(cpu_machine(step=step))
+    assert finding.code == "doctor.nf4_wrong"
+    assert finding.severity == "error"
+
+
+def test_libraries_describe_themselves() -> None:
+    torch = from_json(TorchFacts, bench.torch_facts())
+    assert torch.version is not None
+    assert torch.version.startswith("2.")
+    found = from_json(BitsandbytesFacts, bench.bitsandbytes_facts())
+    assert found.version is not None
+    assert "bitsandbytes" in found.library
+    assert found.available
+
+
+def test_an_answer_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["torch"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["version"]

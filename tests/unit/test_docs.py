@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from eightgig.cli.commands import ALL
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")])
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -23,3 +25,10 @@ def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_in_a_page_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    commands = re.findall(r"(?:^|`|until |&& )eightgig ([a-z]+)\b", text, flags=re.MULTILINE)
+    assert set(commands) <= set(ALL)

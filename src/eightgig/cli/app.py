@@ -32,8 +32,8 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_options)
-    for command in commands.ALL:
-        app.command()(command)
+    for name, command in commands.ALL.items():
+        app.command(name)(command)
     return app
 
 

@@ -5,8 +5,10 @@ Whatever is slow to import is imported inside a command.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,7 +20,19 @@ from eightgig.errors import DataError, DoesNotFitError, HardwareError
 if TYPE_CHECKING:
     from eightgig.cli.inputs import Asked
 
+
+class ExportKind(Enum):
+    """What `export --to` takes."""
+
+    MERGED = "merged"
+    GGUF = "gguf"
+    GGUF_LORA = "gguf-lora"
+    OLLAMA = "ollama"
+    ADAPTER = "adapter"
+
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The config.yaml to use.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -157,4 +171,157 @@ def train(
     render.show_trained(settings, view.last_report, as_json=as_json)
 
 
-ALL: tuple[Callable[..., None], ...] = (init, doctor, plan, check, train)
+def demo(
+    output_dir: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where the run folder is made.")
+    ] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Train the embedded model on its data, offline, and show what it learned."""
+    from eightgig.cli.demo import demo_config, run_demo
+    from eightgig.cli.evaluation_view import show_demo
+    from eightgig.cli.progress import TrainingView
+
+    config = demo_config(output_dir.absolute())
+    with TrainingView(config, as_json=as_json) as view:
+        result, pairs = run_demo(config, view)
+    show_demo(result, pairs, as_json=as_json)
+
+
+def evaluate(  # noqa: PLR0913 - the arguments of a command are its options
+    run: RunFolder,
+    overrides: Overrides = None,
+    max_answers: Annotated[
+        int, typer.Option(metavar="N", help="Held-out rows that are answered.")
+    ] = 200,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Longest answer in tokens.")
+    ] = None,
+    general_text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to measure forgetting on.")
+    ] = None,
+    with_null: Annotated[
+        bool,
+        typer.Option(
+            "--null", help="Train on shuffled answers, too, to compare with: twice as long."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare base and tuned model on the rows that a run held out."""
+    from eightgig.cli.evaluation_view import show_evaluation
+    from eightgig.cli.progress import WorkView
+    from eightgig.hardware.allocator import prepare_allocator
+
+    prepare_allocator()  # before torch is imported
+    from eightgig.evaluation.evaluate import evaluate_run
+    from eightgig.evaluation.passes import EvaluationOptions
+    from eightgig.training.null_adapter import null_adapter_path, train_null_adapter
+
+    options = EvaluationOptions(
+        max_answers=max_answers,
+        max_new_tokens=max_new_tokens,
+        general_text=general_text,
+        null_adapter=null_adapter_path(run) if with_null else None,
+    )
+    with WorkView(stderr=True) as view:
+        if with_null:
+            for report in train_null_adapter(run, view.notice, overrides=overrides or ()):
+                view.notice(f"null adapter: step {report.step}, loss {report.loss:.4f}")
+        evaluation = evaluate_run(run, options, view.notice, overrides=overrides or ())
+    show_evaluation(evaluation, as_json=as_json)
+
+
+def chat(  # noqa: PLR0913 - the arguments of a command are its options
+    run: RunFolder,
+    overrides: Overrides = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Answer this and end; otherwise converse.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system turn.")] = None,
+    with_base: Annotated[bool, typer.Option("--base", help="Begin with the adapter off.")] = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token; by default as the model says."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Talk with a tuned model, and with its base model beside it."""
+    from eightgig.cli.progress import WorkView
+    from eightgig.hardware.allocator import prepare_allocator
+
+    prepare_allocator()  # before torch is imported
+    from eightgig.chat import ChatOptions, open_conversation
+    from eightgig.cli.chat_view import answer_once, converse
+
+    options = ChatOptions(
+        temperature=temperature,
+        max_new_tokens=max_tokens,
+        seed=seed,
+        system=system,
+        has_adapter=not with_base,
+    )
+    with WorkView(stderr=True) as view:
+        conversation = open_conversation(run, options, view.notice, overrides=overrides or ())
+    with conversation:
+        if prompt is not None:
+            answer_once(conversation, prompt, as_json=as_json)
+        else:
+            converse(conversation)
+
+
+def export(  # noqa: PLR0913 - the arguments of a command are its options
+    run: RunFolder,
+    to: Annotated[ExportKind, typer.Option("--to", help="What to write.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where; by default in the run folder.")
+    ] = None,
+    gguf_type: Annotated[
+        str | None, typer.Option("--type", metavar="TYPE", help="Of a GGUF: f16, bf16, q8_0, ...")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Other base weights than the run's.")
+    ] = None,
+    is_unverified: Annotated[
+        bool, typer.Option("--no-verify", help="Do not load the export again and compare it.")
+    ] = False,
+    ollama_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Create this model in Ollama, too.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hand the tuned model on: merged, as GGUF, for Ollama; tested before it is put in place."""
+    from eightgig.cli.progress import WorkView
+    from eightgig.hardware.allocator import prepare_allocator
+
+    prepare_allocator()  # before torch is imported
+    from eightgig.export.export import KINDS, ExportOptions, export_run
+
+    options = ExportOptions(
+        kind=next(kind for kind in KINDS if kind == to.value),
+        output=output,
+        base=base,
+        gguf_type=gguf_type,
+        is_verified=not is_unverified,
+        ollama_name=ollama_name,
+    )
+    with WorkView(stderr=True) as view:
+        done = export_run(run, options, view.notice)
+    render.show_export(done, as_json=as_json)
+
+
+ALL: Mapping[str, Callable[..., None]] = MappingProxyType(
+    {
+        "demo": demo,
+        "init": init,
+        "doctor": doctor,
+        "plan": plan,
+        "check": check,
+        "train": train,
+        "eval": evaluate,
+        "chat": chat,
+        "export": export,
+    }
+)

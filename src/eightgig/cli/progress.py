@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -22,12 +22,22 @@ from eightgig.run import Event
 from eightgig.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from eightgig.quant.build import StoreProgress
     from eightgig.training.step import StepReport
 
 # Work is shown this often where a line cannot be drawn over.
 _PLAIN_SECONDS = 10.0
 _STYLES = {"guard": "yellow", "oom": "yellow", "stop": "bold yellow", "eval": "green"}
+
+
+@runtime_checkable
+class _BytesDone(Protocol):
+    """`StoreProgress` and `ExportProgress`; their modules load torch, this one does not."""
+
+    @property
+    def done_bytes(self) -> int: ...
+
+    @property
+    def total_bytes(self) -> int: ...
 
 
 class WorkView:
@@ -90,6 +100,20 @@ class WorkView:
         """Rows are being read."""
         self.work("reading rows", f"{num_rows:,}", share=share)
 
+    def notice(self, item: object) -> None:
+        """Something other than a step: a plan, finding, event, choice, line of text or progress."""
+        if isinstance(item, _BytesDone):
+            self._show_bytes(item)
+        else:
+            self._print(_notice_text(item))
+
+    def _show_bytes(self, item: _BytesDone) -> None:
+        name = str(getattr(item, "work", f"preparing {getattr(item, 'model', '')}"))
+        spent = time.monotonic() - self._began_seconds if name == self._work else 0.0
+        rate = f"{format_bytes(item.done_bytes / spent)}/s" if spent > 0 else ""
+        done = f"{format_bytes(item.done_bytes)} of {format_bytes(item.total_bytes)}"
+        self.work(name, done, share=item.done_bytes / max(1, item.total_bytes), rate=rate)
+
     def _draw(self, share: float, line: str, *, visible: bool = True) -> None:
         assert self._live is not None, "there is nothing to draw on"
         self._live.update(self._task, completed=share, description=line, visible=visible)
@@ -130,22 +154,6 @@ class TrainingView(WorkView):
             self._draw(report.step / self._total_steps(report), self._describe(report))
         else:
             self._print(Text(self._describe(report)))
-
-    def notice(self, item: object) -> None:
-        """Something other than a step: a plan, finding, event, choice, line of text or progress."""
-        from eightgig.quant.build import StoreProgress
-
-        if isinstance(item, StoreProgress):
-            self._show_preparation(item)
-        else:
-            self._print(_notice_text(item))
-
-    def _show_preparation(self, item: StoreProgress) -> None:
-        name = f"preparing {item.model}"
-        spent = time.monotonic() - self._began_seconds if name == self._work else 0.0
-        rate = f"{format_bytes(item.done_bytes / spent)}/s" if spent > 0 else ""
-        done = f"{format_bytes(item.done_bytes)} of {format_bytes(item.total_bytes)}"
-        self.work(name, done, share=item.done_bytes / max(1, item.total_bytes), rate=rate)
 
     def _describe(self, report: StepReport) -> str:
         total = self._total_steps(report)

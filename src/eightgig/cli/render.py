@@ -6,6 +6,7 @@ Results go to standard output, all else to standard error, so that `--json` stay
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from eightgig.units import MIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from eightgig.cli.inputs import Asked
+    from eightgig.export.export import Export
     from eightgig.hardware.doctor import Examination
     from eightgig.hardware.facts import Facts
     from eightgig.hardware.probe import Hardware
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _PIPE_COLUMNS = 140
+_CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _REPORT_AT = "https://github.com/eightgig/eightgig/issues"
 
 
@@ -43,6 +46,12 @@ def show_line(text: str, style: str = "") -> None:
 def show_text(text: Text) -> None:
     """Text of a result, in its colours."""
     _write(_output(), text)
+
+
+def show_piece(text: str) -> None:
+    """A part of a line that somebody else wrote: control codes are for terminals, not for it."""
+    safe = Text(_CONTROL_CODES.sub("\ufffd", text))
+    _output().print(safe, soft_wrap=True, highlight=False, end="")
 
 
 def show_table(table: Table) -> None:
@@ -174,6 +183,20 @@ def show_trained(config: Config, report: StepReport | None, *, as_json: bool) ->
     if report is None:
         show_line("No step was left to train.")
     show_line(f"Adapter: {run.adapter_path}", "bold green")
+
+
+def show_export(export: Export, *, as_json: bool) -> None:
+    """What was written, and how it was tested."""
+    if as_json:
+        show_json(export)
+        return
+    for name, file in export.files.items():
+        show_line(f"{format_bytes(file['size_bytes']):>12}  {name}")
+    test = export.verification
+    if test is not None and test.is_verified:
+        against = f" against {test.reference}" if test.reference else ""
+        show_line(f"Tested{against}: {test.program}.", "green")
+    show_line(f"Exported: {export.folder}", "bold green")
 
 
 def machine_words(machine: Hardware) -> str:

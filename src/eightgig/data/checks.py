@@ -17,7 +17,7 @@ from eightgig.config import DataConfig
 from eightgig.data.batches import IGNORE_INDEX, Dataset
 from eightgig.data.load import RowSplit, make_dataset, split_rows
 from eightgig.data.near import similar_rows
-from eightgig.data.prepare import Preparation, Progress, TextFacts, Tokenised, tokenise
+from eightgig.data.prepare import Preparation, Progress, tokenise
 from eightgig.data.preview import PreviewRow, preview_rows
 from eightgig.data.rules import RULES, make_finding
 from eightgig.data.select import (
@@ -27,6 +27,7 @@ from eightgig.data.select import (
     row_blocks,
     select_rows,
 )
+from eightgig.data.tokenised import TextFacts, Tokenised
 from eightgig.data.tokenizer import render_settings, stop_ids
 from eightgig.errors import DataError, Finding
 

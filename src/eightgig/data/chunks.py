@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eightgig.data.formats import Example, RowShape, read_example
+from eightgig.data.layout import RenderedRow
 from eightgig.data.near import SIGNATURE_SIZE
 from eightgig.data.parse import parse_row
-from eightgig.data.read import RawRow
-from eightgig.data.render import RenderedRow, Renderer, TrainOn
+from eightgig.data.raw import RawRow
+from eightgig.data.render import Renderer, TrainOn
 from eightgig.data.rules import Notes
 from eightgig.data.texts import RowText, describe_text
 from eightgig.data.tokenizer import RenderSettings

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from eightgig.config import DataConfig
 from eightgig.data.batches import Dataset, random_order
-from eightgig.data.prepare import Preparation, Progress, Tokenised, tokenise
+from eightgig.data.prepare import Preparation, Progress, tokenise
 from eightgig.data.rules import make_finding
 from eightgig.data.select import (
     SHOWN_ROWS,
@@ -24,6 +24,7 @@ from eightgig.data.select import (
     limit_length,
     select_rows,
 )
+from eightgig.data.tokenised import Tokenised
 from eightgig.data.tokenizer import render_settings
 from eightgig.errors import DataError, Finding
 

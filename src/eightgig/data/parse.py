@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from eightgig.data.read import MAX_COLUMNS, RawRow
+from eightgig.data.raw import MAX_COLUMNS, RawRow
 from eightgig.data.rules import Notes
 
 MAX_DEPTH = 64

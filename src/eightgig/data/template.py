@@ -29,10 +29,10 @@ from eightgig.data.turns import Message
 from eightgig.errors import DataError
 
 MAX_TEMPLATE_CHARS = 200_000
-RENDER_SECONDS = 3.0
+RENDER_SECONDS = 2.0
 
 # A template that met its limits this often would do so for every row.
-_LIMITS_TO_GIVE_UP = 3
+_LIMITS_TO_GIVE_UP = 2
 
 
 class TemplateRefused(Exception):
@@ -203,7 +203,7 @@ def _environment() -> _Environment:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Stop what runs inside after `seconds`, where the system can; workers are also watched."""
+    """Stop what computes inside for `seconds`, where the system can; workers are also watched."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not hasattr(signal, "setitimer"):
         yield
@@ -212,13 +212,13 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise RenderingLimit(f"rendering takes longer than {seconds:.0f} s")
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
 
 
 @contextlib.contextmanager

@@ -164,9 +164,15 @@ class DecoderLayer:
         middle, saved = self._attention_forward(weights, hidden, batch, None, kept)
         parts = []
         for number, tile in enumerate(self._tiles(batch)):
-            down = kept.get(f"down_proj.{number}")
-            step = (middle[tile], grad[tile], down)
-            parts.append(self._mlp_backward(weights, step, batch, tile, grads))
+            parts.append(
+                self._mlp_backward(
+                    weights,
+                    (middle[tile], grad[tile], kept.get(f"down_proj.{number}")),
+                    batch,
+                    tile,
+                    grads,
+                )
+            )
         grad_middle = parts[0] if len(parts) == 1 else torch.cat(parts)
         del middle, parts
         return self._attention_backward(weights, hidden, grad_middle, batch, saved, grads)
@@ -264,13 +270,13 @@ class DecoderLayer:
         ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch)
         qkv_weight, o_weight = weights.groups["qkv"], weights.groups["o"]
         grad_projected = o_weight.new_grad(batch.num_tokens)
-        grad_residual, _ = ops.residual_norm_backward(
+        grad_residual = ops.residual_norm_backward(
             grad,
             saved.projected,
             dense.get("post_attention_norm"),
             self._eps,
             out=grad_projected[:, : hidden.shape[1]],
-        )
+        )[0]
         grad_out = o_weight.backward(grad_projected, saved.attended, grads["o"], dropout)
         del grad_projected
         grad_q, grad_k, grad_v = ops.attention_backward(
@@ -382,14 +388,14 @@ class DecoderLayer:
             grad = self._ple_backward(dense, grad, saved)
             scalar = None
         grad_projected = down_weight.new_grad(len(hidden))
-        grad_residual, _ = ops.residual_norm_backward(
+        grad_residual = ops.residual_norm_backward(
             grad,
             saved.projected,
             dense.get("post_mlp_norm"),
             self._eps,
             scalar=scalar,
             out=grad_projected[:, : hidden.shape[1]],
-        )
+        )[0]
         grad_product = down_weight.backward(grad_projected, saved.product, grads["down"], dropout)
         del grad_projected
         grad_gate_up = gate_up_weight.new_grad(len(hidden))

@@ -217,8 +217,7 @@ class Model:
         self._start(self._training_visits)
         hidden, batches = self._embed(inputs)
         self._forward(hidden, batches, keeps=True)
-        result = self._cross_entropy(hidden, batches, grad_scale=1.0 / loss_tokens)
-        grads = self._head_backward(hidden, batches, result)
+        losses, grads = self._head_pass(hidden, batches, grad_scale=1.0 / loss_tokens)
         hidden.clear()
         keys = [
             (layer, number)
@@ -237,7 +236,7 @@ class Model:
             gradients.close(layer)
             self.ring.release()
         self._waiting.clear()
-        return result.losses
+        return losses
 
     def _start(self, visits: list[int]) -> None:
         if self._current_visits is not visits:
@@ -293,19 +292,19 @@ class Model:
     def _cross_entropy(
         self, hidden: Sequence[Tensor], batches: Sequence[MicroBatch], *, grad_scale: float | None
     ) -> HeadResult:
-        labelled = [
-            self._normed(states.index_select(0, batch.label_index))
-            for states, batch in zip(hidden, batches, strict=True)
-        ]
+        sizes = [len(batch.labels) for batch in batches]
+        labelled = hidden[0].new_empty(sum(sizes), hidden[0].shape[1], dtype=self.dtype)
+        for part, states, batch in zip(labelled.split(sizes), hidden, batches, strict=True):
+            rows = states.index_select(0, batch.label_index)
+            self._ops.rms_norm(rows, self._final_norm, self.decoder.rms_norm_eps, out=part)
         labels = np.concatenate([batch.labels for batch in batches])
-        return self._head.cross_entropy(
-            self.ring, torch.cat(labelled), labels, grad_scale=grad_scale
-        )
+        return self._head.cross_entropy(self.ring, labelled, labels, grad_scale=grad_scale)
 
-    def _head_backward(
-        self, hidden: Sequence[Tensor], batches: Sequence[MicroBatch], result: HeadResult
-    ) -> list[Tensor]:
-        """Gradients of the last layer's outputs, from those of its labelled, normed rows."""
+    def _head_pass(
+        self, hidden: Sequence[Tensor], batches: Sequence[MicroBatch], *, grad_scale: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Losses, and gradients of the last layer's outputs."""
+        result = self._cross_entropy(hidden, batches, grad_scale=grad_scale)
         assert result.grad is not None
         sizes = [len(batch.labels) for batch in batches]
         grads = []
@@ -317,7 +316,7 @@ class Model:
                 self.decoder.rms_norm_eps,
             )
             grads.append(torch.zeros_like(states).index_copy_(0, batch.label_index, rows))
-        return grads
+        return result.losses, grads
 
     def _ring_items(self, store: Store) -> list[RingItem]:
         """Layers, then head chunks."""

@@ -134,14 +134,24 @@ def open_run(folder: Path, observe: Observe, *, overrides: Sequence[str] = ()) -
     )
 
 
-def plan_rows(tuned: TunedRun, observe: Observe) -> PlannedRows:
+def plan_rows(
+    tuned: TunedRun,
+    observe: Observe,
+    *,
+    change: Callable[[Dataset], Dataset] | None = None,
+) -> PlannedRows:
     """The rows of a run, split as they were for training, and a plan for them.
+
+    Args:
+        tuned: The run.
+        observe: Called with the plan, and with a finding where the rows are not those trained on.
+        change: Makes other training rows of them; those that grew too long are left out.
 
     Raises:
         DataError: The data cannot be read any more, or no row was held out.
         DoesNotFitError: The model does not fit this machine.
     """
-    config, spec = tuned.config, tuned.base.spec
+    config = tuned.config
     rows, held_out, _ = load_dataset(config.data, tuned.tokenizer, seed=config.train.seed)
     if held_out is None:
         raise DataError(
@@ -149,9 +159,12 @@ def plan_rows(tuned: TunedRun, observe: Observe) -> PlannedRows:
             why="Rows that were trained on say nothing about how the model answers others.",
             fix="Train with `data.held_out` above 0, or with `data.held_out_path`.",
         )
+    if change is not None:
+        rows = change(rows)
+        config = replace(config, data=replace(config.data, too_long="drop"))
     hardware = probe(config.memory.device, store_folder(config.model))
     plan, rows, held_out, _ = fit_rows(
-        spec,
+        tuned.base.spec,
         hardware,
         config,
         rows,
@@ -162,7 +175,7 @@ def plan_rows(tuned: TunedRun, observe: Observe) -> PlannedRows:
     refuse_misfit(plan)
     assert held_out is not None
     trained_on = _trained_fingerprint(tuned.run)
-    if trained_on is not None and trained_on != rows.fingerprint:
+    if change is None and trained_on not in (None, rows.fingerprint):
         observe(
             Finding(
                 severity="warning",
@@ -215,18 +228,31 @@ def answer_bytes(plan: Plan) -> int:
     return plan.budget_bytes - plan.peak_bytes + only_training
 
 
-def with_room(plan: Plan, tuned: TunedRun, prompt_tokens: int, new_tokens: int) -> Plan:
+def with_room(
+    plan: Plan,
+    tuned: TunedRun,
+    prompt_tokens: int,
+    new_tokens: int,
+    *,
+    num_rows: int = _WANTED_ROWS,
+) -> Plan:
     """`plan` with fewer resident layers, where their memory lets more answers run together.
 
     Every token of an answer takes one visit of all weights, shared by all rows of a batch: rows
     are worth more than layers that need not be copied.
+
+    Args:
+        plan: As made for training.
+        tuned: The run.
+        prompt_tokens, new_tokens: Of the longest row.
+        num_rows: Rows that shall run together.
     """
     slot_bytes = (
         plan.breakdown.get("layer_slots", 0) + plan.breakdown.get("resident_layers", 0)
     ) // plan.layer_slots
     item_bytes = _ITEM_BYTES[plan.compute_dtype]
     each = row_bytes(tuned.base.spec.decoder, prompt_tokens, new_tokens, item_bytes)
-    missing = _WANTED_ROWS * each - answer_bytes(plan)
+    missing = num_rows * each - answer_bytes(plan)
     if missing <= 0 or plan.layer_slots <= _FEWEST_SLOTS or not slot_bytes:
         return plan
     given = min(-(-missing // slot_bytes), plan.layer_slots - _FEWEST_SLOTS)

@@ -16,7 +16,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from eightgig.data.tokenizer import stop_ids
 from eightgig.errors import ExportError
 
 if TYPE_CHECKING:
@@ -34,6 +33,14 @@ _VISIBLE_CONTROL = frozenset(
     {
         "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>",
         "<tool_response|>", '<|"|>',
+    }
+)  # fmt: skip
+
+# llama.cpp ends an answer at these whatever the keys say.
+_KNOWN_STOPS = frozenset(
+    {
+        "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|end|>",
+        "<end_of_turn>", "<eos>", "<turn|>", "<|tool_response>", "</s>",
     }
 )  # fmt: skip
 
@@ -85,13 +92,18 @@ class Vocabulary:
 
 
 def read_vocabulary(
-    tokenizer: PreTrainedTokenizerFast, *, vocab_size: int, is_gemma4: bool
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    vocab_size: int,
+    stop_ids: Collection[int],
+    is_gemma4: bool,
 ) -> Vocabulary:
     """The vocabulary of `tokenizer`.
 
     Args:
         tokenizer: As it was trained with.
         vocab_size: Rows of the embedding; ids without a piece get a placeholder.
+        stop_ids: Tokens that end an answer.
         is_gemma4: Whether the model is a Gemma 4, whose kind of tokenizer has its own name.
 
     Raises:
@@ -123,7 +135,7 @@ def read_vocabulary(
         types=_types(tokenizer, pieces, vocab_size, is_byte_level=kind == "gpt2"),
         scores=None if kind == "gpt2" else _scores(kind, merges, pieces, vocab_size),
         merges=None if kind == "llama" else tuple(map(_merge_line, merges)),
-        special=_special_ids(tokenizer),
+        special=_special_ids(tokenizer, stop_ids),
         adds_bos=begins or kind == "gemma4",
         adds_eos=ends,
         adds_space_prefix=None if kind == "gpt2" else _adds_space_prefix(described),
@@ -234,26 +246,23 @@ def _merge_line(pair: tuple[str, str]) -> str:
     return " ".join(part.replace(" ", "\u0120") for part in pair)
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Ids by role; further tokens at which a server stops are `eot` and `eom`."""
+def _special_ids(tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int]) -> dict[str, int]:
+    """Ids by role; stops besides `eos` are `eot` and `eom`, if llama.cpp does not know them."""
     roles = ("bos", "eos", "unk", "sep", "pad", "mask")
     special = {
         role: index
         for role in roles
         if (index := getattr(tokenizer, f"{role}_token_id")) is not None
     }
-    others = _in_order_of_use(tokenizer, stop_ids(tokenizer) - {special.get("eos", -1)})
-    return special | dict(zip(("eot", "eom"), others, strict=False))
-
-
-def _in_order_of_use(tokenizer: PreTrainedTokenizerFast, ids: Collection[int]) -> list[int]:
-    """`ids`, those that the chat template writes first."""
     template = _template(tokenizer) or ""
-
-    def place(index: int) -> tuple[bool, int]:
-        return tokenizer.convert_ids_to_tokens(index) not in template, index
-
-    return sorted(ids, key=place)
+    written, others = [], []
+    for index in sorted(set(stop_ids) - {special.get("eos")}):
+        piece = tokenizer.convert_ids_to_tokens(index)
+        if piece in template:
+            written.append(index)
+        elif piece not in _KNOWN_STOPS:
+            others.append(index)
+    return special | dict(zip(("eot", "eom"), written + others, strict=False))
 
 
 def _template(tokenizer: PreTrainedTokenizerFast) -> str | None:

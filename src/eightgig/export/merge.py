@@ -42,7 +42,7 @@ def write_merged(
     weights: TunedWeights,
     checkpoint: Path | Download,
     observe: Callable[[object], None],
-) -> tuple[Finding, ...]:
+) -> None:
     """Write the merged safetensors files and their index; everything else is the caller's.
 
     Args:
@@ -51,15 +51,13 @@ def write_merged(
         checkpoint: The base model's folder, or how its files are fetched one by one.
         observe: Called with an `ExportProgress` for every file.
 
-    Returns:
-        What was lost on the way: a note where the base was in 4 bit.
-
     Raises:
         OSError: The disk is full, or fails.
         ModelError: The checkpoint changed while it was read.
     """
     if weights.spec.quantization is not None:
-        return _write_dense(output, weights, observe)
+        _write_dense(output, weights, observe)
+        return
     folder = checkpoint if isinstance(checkpoint, Path) else checkpoint.folder
     sizes = file_bytes(weights.spec)
     done_bytes, total_bytes = 0, sum(sizes.values())
@@ -73,7 +71,26 @@ def write_merged(
             checkpoint.delete(file)
     if not (folder / SINGLE_FILE).exists() and (folder / INDEX_FILE).exists():
         output.copy(folder / INDEX_FILE)
-    return ()
+
+
+def precision_findings(weights: TunedWeights) -> tuple[Finding, ...]:
+    """What was lost before the adapter was added: a warning where the base was in 4 bit."""
+    spec = weights.spec
+    if spec.quantization is None:
+        return ()
+    four_bit = sum(weights.is_four_bit(name) for name in spec.tensors)
+    return (
+        Finding(
+            severity="warning",
+            code="export.from_4_bit",
+            message=f"{spec.name} is stored in 4 bit: {four_bit} of its weights were made 16 bit "
+            "from those 4 bits before the adapter was added.",
+            why="What was rounded away when it was quantised is gone; the merged model is as "
+            "exact as the 4-bit one, and takes four times the space.",
+            fix="To merge into the original weights, name them: --base FOLDER_OR_HUB_ID of the "
+            "unquantised model.",
+        ),
+    )
 
 
 def config_without_quantization(folder: Path) -> bytes:
@@ -137,7 +154,7 @@ def _dense_bytes(weights: TunedWeights, name: str) -> int:
 
 def _write_dense(
     output: OutputFolder, weights: TunedWeights, observe: Callable[[object], None]
-) -> tuple[Finding, ...]:
+) -> None:
     """A 4-bit checkpoint in 16 bit, under the same file names."""
     spec = weights.spec
     names = _dense_names(spec)
@@ -155,19 +172,6 @@ def _write_dense(
             "weight_map": {name: spec.tensors[name].file for name in names},
         }
         output.write(INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode("utf-8"))
-    four_bit = sum(weights.is_four_bit(name) for name in names)
-    return (
-        Finding(
-            severity="warning",
-            code="export.from_4_bit",
-            message=f"{spec.name} is stored in 4 bit: {four_bit} of its weights were made 16 bit "
-            "from those 4 bits before the adapter was added.",
-            why="What was rounded away when it was quantised is gone; the merged model is as "
-            "exact as the 4-bit one, and takes four times the space.",
-            fix="To merge into the original weights, name them: --base FOLDER_OR_HUB_ID of the "
-            "unquantised model.",
-        ),
-    )
 
 
 def _dense_parts(weights: TunedWeights, names: list[str]) -> Iterator[bytes | memoryview]:

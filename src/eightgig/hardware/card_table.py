@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from eightgig.units import GIB
 
-# What copies from pinned memory reach, bytes per second, by PCIe generation and lanes: measured
-# 11 (3.0 x16, RTX 4090), 27 (5.0 x16 board link at 4.0 speed), 50 to 55 (5.0 x16, H100), the
-# others in proportion.
+# What copies from pinned memory reach, bytes per second, by PCIe generation and lanes: measured 11
+# (3.0 x16, RTX 4090) and 50 to 55 (5.0 x16, H100), the others in proportion. An RTX PRO 6000 was
+# seen with 27 on 5.0 x16: measure.
 PINNED_BYTES_PER_SECOND = {
     (3, 4): 3.1e9,
     (3, 8): 6.3e9,

@@ -38,13 +38,6 @@ EXPERTS_AT_A_TIME = 16
 INDEX_BYTES = 40
 # float32 sums of two gradients, 64 keys, four programs on each of 132 processors.
 SPLIT_BYTES_PER_COLUMN = 2 * 4 * 64 * 4 * 132
-# Runs of pinned memory are powers of two; the last arena is not full.
-PINNED_ARENA_BYTES = 512 * MIB
-PINNED_ROUNDING = 2
-# Memory that is not pinned goes through two pinned buffers.
-BOUNCE_BYTES = 2 * 64 * MIB
-
-HostWeights = Literal["pinned", "pageable", "mapped"]
 BREAKDOWN_ITEMS = (
     "layer_slots",
     "resident_layers",
@@ -209,7 +202,7 @@ def hidden_bytes(work: Workload, layout: Layout) -> int:
 
     Rotary cos and sin, float32, hd/2 each for every head_dim; K and V of the layers that others
     attend to, with float32 gradients; per-layer inputs N L P and the (L P, D) projection that
-    makes their context part; the head's gradient at labelled tokens n D; hashes for dropout.
+    makes their context part; hashes for dropout.
     """
     decoder, tokens, item = work.decoder, layout.visit_tokens, work.element_bytes
     stream = tokens * decoder.hidden_size * work.stream_bytes
@@ -221,10 +214,9 @@ def hidden_bytes(work: Workload, layout: Layout) -> int:
     )
     width = decoder.num_layers * decoder.ple_size
     per_layer = width * (tokens + decoder.hidden_size) * item
-    labelled = min(tokens, work.step_loss_tokens) * decoder.hidden_size * item
     hashes = 8 * tokens if work.has_dropout else 0
     per_token = INDEX_BYTES * tokens
-    return stream + rotary + shared + per_layer + labelled + hashes + per_token
+    return stream + rotary + shared + per_layer + hashes + per_token
 
 
 def embedding_bytes(work: Workload, layout: Layout) -> int:
@@ -284,23 +276,22 @@ def attention_saved_bytes(work: Workload, layer: LayerSize, layout: Layout) -> i
 
 
 def attention_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
-    """The backward visit's attention half: what is kept, its output D, the incoming gradient D, and
+    """The backward visit's attention half: what is kept, the incoming gradient D, and
 
+    - before attention: gradients of the output projection, D + R, and of its input, Q; or
     - in attention: gradients of output and q, 2 Q, of k and v, 2 KV, the kernel's workspace; or
     - after it: gradients of q, k, v, of the projection (+ R), of its input and the result.
-
-    The gradient of the output projection, D + R, lives through both.
     """
     hidden, item = work.decoder.hidden_size, work.element_bytes
     tokens, kv = layout.micro_batch_tokens, 2 * layer.kv_size
     attention = 2 * layer.query_size + kv
     inputs = layer.query_size + kv + layer.qkv.out_size + layer.qkv.rank + hidden
     worst = max(
+        tokens * (hidden + layer.o.rank + layer.query_size) * item,
         tokens * attention * item + attention_workspace_bytes(work, layer, layout),
         tokens * (inputs * item + hidden * work.stream_bytes),
     )
-    saved = attention_saved_bytes(work, layer, layout) + 2 * tokens * hidden * work.stream_bytes
-    saved += tokens * (hidden + layer.o.rank) * item
+    saved = attention_saved_bytes(work, layer, layout) + tokens * hidden * work.stream_bytes
     widest = max(hidden, layer.query_size)
     return saved + worst + unfused_bytes(work, layout, tokens, widest)
 
@@ -352,15 +343,14 @@ def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[in
     """One tile of T tokens: what its forward keeps, and what its backward adds.
 
     Kept: normed input D + R, gate and up 2 F, product F + R, output of down D, of the layer D.
-    Added: gradient of the residual D and of down's output D + R; gradients of the product F and of
-    gate and up 2 F + R, or the latter with those of the input and the result, 2 D.
+    Added: gradient of the residual D; gradients of the product F and of gate and up 2 F + R, or
+    the latter with those of the input and the result, 2 D.
     """
     decoder, item = work.decoder, work.element_bytes
     hidden, feed_forward = decoder.hidden_size, layer.shape.intermediate_size
     tokens = min(layout.mlp_tile_tokens, layout.micro_batch_tokens)
     kept = 2 * hidden + layer.gate_up.rank + 3 * feed_forward + layer.down.rank
     worst = 2 * feed_forward + layer.gate_up.rank + max(feed_forward, 2 * hidden)
-    worst += hidden + layer.down.rank
     if decoder.ple_size:
         kept += 2 * decoder.ple_size + hidden
         worst += 2 * decoder.ple_size + 2 * hidden
@@ -389,8 +379,7 @@ def unfused_bytes(work: Workload, layout: Layout, tokens: int, columns: int) -> 
 def head_bytes(work: Workload, layout: Layout) -> int:
     """Loss of the n labelled tokens of a visit, and then the gradient of all hidden states G N D.
 
-    For the loss: states before and after joining the micro-batches, rows of the labels (later the
-    gradient, which `hidden` counts), and float32 sums U, n D each; for a tile of t tokens and C
+    For the loss: states, rows of the labels (later the gradient), and float32 sums U, n D each; for a tile of t tokens and C
     rows float32 logits and their weights, of which plain code makes seven more copies; and the
     chunk where it must be converted. At the end a tile takes five float32 copies of D.
     """
@@ -411,86 +400,12 @@ def slack_bytes(work: Workload, layout: Layout, transient_bytes: int) -> int:
     return fragments + SMALL_SEGMENT_BYTES + CUBLAS_BYTES[layout.has_large_workspace]
 
 
-def layer_blobs_bytes(work: Workload) -> int:
-    """All stored layers."""
-    return sum(layer.count * layer.blob_bytes for layer in work.layers)
-
-
-def table_bytes(work: Workload) -> dict[str, int]:
-    """Tables that stay on disk and are read through the page cache."""
-    decoder = work.decoder
-    rows = head_table_bytes(work)
-    ple = decoder.vocab_size * decoder.num_layers * decoder.ple_size * HEAD_BYTES
-    head = 0 if decoder.tie_word_embeddings else rows
-    return {"embedding": rows, "head": head, "ple": ple}
-
-
-def host_bytes(work: Workload, layout: Layout, host_weights: HostWeights) -> dict[str, int]:
-    """Main memory that cannot be given back, by item; mapped files are not in it.
-
-    Layers and the head, unless they are mapped. Adapter: masters, gradients and two moments in
-    float32, and the compute copies; with an optimizer on the GPU, a copy of masters and moments
-    while they are saved. Checkpoints: every layer's input, in arenas. Staging: the rows of two
-    groups of micro-batches, gathered for the device.
-    """
-    on_device = is_optimizer_on_device(work)
-    is_copied = host_weights != "mapped"
-    waiting = checkpoint_bytes(work, layout) + PINNED_ARENA_BYTES
-    items = {
-        "layers": layer_blobs_bytes(work) if is_copied else 0,
-        "head": head_table_bytes(work) if is_copied else 0,
-        "adapter": (3 if on_device else 4) * 4 * work.master_elements,
-        "adapter_copies": 0 if on_device else adapter_copy_bytes(work),
-        "checkpoints": waiting if layout.checkpoints == "host" else 0,
-        "offload": offload_bytes(work, layout) if layout.checkpoints == "host" else 0,
-        "managed_optimizer": managed_bytes(work),
-        "staging": row_bytes(work, layout) + (0 if host_weights == "pinned" else BOUNCE_BYTES),
-        "process": PROCESS_BYTES[True],
-    }
-    return {name: size for name, size in items.items() if size}
-
-
-def row_bytes(work: Workload, layout: Layout) -> int:
-    """Rows of the embedding and the per-layer table for two groups of micro-batches, pinned."""
-    decoder = work.decoder
-    columns = decoder.hidden_size + decoder.num_layers * decoder.ple_size
-    return 2 * PINNED_ROUNDING * layout.visit_tokens * columns * HEAD_BYTES
-
-
-def head_table_bytes(work: Workload) -> int:
-    """The (V, D) head."""
-    return work.decoder.vocab_size * work.decoder.hidden_size * HEAD_BYTES
-
-
 def offload_bytes(work: Workload, layout: Layout) -> int:
     """Outputs of all layers and micro-batches that are kept instead of recomputed."""
     columns = sum(
         layer.count * _offload_columns(work, layer, layout.offload) for layer in work.layers
     )
     return columns * layout.visit_tokens * work.element_bytes
-
-
-def pinned_bytes(host: dict[str, int]) -> int:
-    """What of `host_bytes` should be pinned for copies to run beside the computation."""
-    return sum(
-        host.get(name, 0)
-        for name in ("layers", "head", "adapter_copies", "checkpoints", "offload", "staging")
-    )
-
-
-def disk_bytes(work: Workload, *, is_prepared: bool, has_tables: bool, num_checkpoints: int) -> int:
-    """Prepared layers, tables where they are not there yet, and checkpoints of the run.
-
-    A checkpoint holds masters and two moments; one more is written before the oldest goes. The
-    adapter itself is written at the end.
-    """
-    prepared = 0
-    if not is_prepared:
-        prepared = layer_blobs_bytes(work)
-        prepared += 0 if has_tables else sum(table_bytes(work).values())
-    checkpoint = 3 * 4 * work.master_elements
-    adapter = 4 * work.master_elements
-    return prepared + (num_checkpoints + 1) * checkpoint + adapter
 
 
 def _round_up(size_bytes: int, multiple: int) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from eightgig.config import Choice, Config
 from eightgig.hardware.probe import Hardware
-from eightgig.memory import estimate
+from eightgig.memory import estimate, host_estimate
 from eightgig.memory.advice import advise
 from eightgig.memory.problem import Problem, Solution, read_problem, solve
 from eightgig.memory.reasons import explain
@@ -193,8 +193,8 @@ def _speed(problem: Problem, solution: Solution) -> _Speed:
 
 def _mapped_bytes(solution: Solution) -> int:
     """Files that are read through the page cache while training."""
-    tables = estimate.table_bytes(solution.work)
+    tables = host_estimate.table_bytes(solution.work)
     if solution.best.host_weights != "mapped":
         # The head has a copy of its own; embedding rows are still read from the file.
         return tables["embedding"] + tables["ple"]
-    return sum(tables.values()) + estimate.layer_blobs_bytes(solution.work)
+    return sum(tables.values()) + host_estimate.layer_blobs_bytes(solution.work)

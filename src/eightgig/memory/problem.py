@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from eightgig.config import AUTO, Config
 from eightgig.errors import ConfigError
 from eightgig.hardware.probe import Hardware, Rates
-from eightgig.memory import estimate
+from eightgig.memory import estimate, host_estimate
 from eightgig.memory.budget import Budget, device_budget, host_budget
 from eightgig.memory.search import SUPPORTED_OFFLOADS, Candidate, Search
 from eightgig.memory.workload import ComputeDtype, RowLengths, Workload, build_workload
@@ -212,7 +212,7 @@ def _fits_length(problem: Problem, max_length: int) -> bool:
 def disk_bytes(problem: Problem, work: Workload) -> int:
     """Free disk that preparing and training need."""
     has_tables = isinstance(problem.spec, ModelSpec) and bool(problem.spec.tensors)
-    return estimate.disk_bytes(
+    return host_estimate.disk_bytes(
         work,
         is_prepared=problem.is_prepared,
         has_tables=has_tables,

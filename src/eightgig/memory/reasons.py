@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from eightgig.config import AUTO, Choice
-from eightgig.memory import estimate
+from eightgig.memory import estimate, host_estimate
 from eightgig.memory.problem import Problem, Solution
 from eightgig.memory.search import SUPPORTED_OFFLOADS, Candidate
 from eightgig.memory.workload import Workload
@@ -200,8 +200,8 @@ def _host_weights(problem: Problem, solution: Solution) -> Choice | None:
     if not work.has_device:
         return None
     place = best.host_weights
-    size = estimate.layer_blobs_bytes(work) + estimate.head_table_bytes(work)
-    pinned = estimate.pinned_bytes(estimate.host_bytes(work, best.layout, "pinned"))
+    size = host_estimate.layer_blobs_bytes(work) + host_estimate.head_table_bytes(work)
+    pinned = host_estimate.pinned_bytes(host_estimate.host_bytes(work, best.layout, "pinned"))
     limit = format_bytes(problem.hardware.pin_limit_bytes)
     if problem.config.memory.host_weights != AUTO:
         reason = _SET
@@ -220,7 +220,7 @@ def _host_weights(problem: Problem, solution: Solution) -> Choice | None:
 
 
 def _tables(solution: Solution) -> Choice:
-    tables = estimate.table_bytes(solution.work)
+    tables = host_estimate.table_bytes(solution.work)
     size = format_bytes(sum(tables.values()))
     return Choice(
         name="tables",

@@ -10,9 +10,10 @@ from typing import Literal
 
 from eightgig.config import AUTO, MemoryConfig
 from eightgig.hardware.probe import Hardware, Rates
-from eightgig.memory import estimate
+from eightgig.memory import estimate, host_estimate
 from eightgig.memory.budget import Budget
-from eightgig.memory.estimate import HostWeights, Layout
+from eightgig.memory.estimate import Layout
+from eightgig.memory.host_estimate import HostWeights
 from eightgig.memory.speed import (
     DISK_BYTES_PER_SECOND,
     PAGEABLE_BYTES_PER_SECOND,
@@ -22,13 +23,16 @@ from eightgig.memory.speed import (
 from eightgig.memory.workload import Workload
 
 # Outputs that the engine can keep in host memory instead of recomputing them, best first: FLOPs
-# saved per byte moved. None yet; `estimate` and `speed` know the others.
-SUPPORTED_OFFLOADS: tuple[str, ...] = ()
-MICRO_BATCH_TOKENS = (1024, 2048, 4096)
+# saved per byte moved.
+SUPPORTED_OFFLOADS: tuple[str, ...] = ("down_proj", "o_proj", "attention")
+MICRO_BATCH_TOKENS = (1024, 2048, 4096, 8192)
 MLP_TILE_TOKENS = (512, 1024, 2048, 4096)
 HEAD_TILE_TOKENS = (512, 1024, 2048)
 # A faster layout must gain this much to be worth more memory: less is within the forecast's error.
-WORTH_RATIO = 1.03
+WORTH_RATIO = 1.05
+# Slots beyond the fewest must gain more still: they are the memory that other programs, longer
+# rows and a wrong forecast would need.
+SLOT_WORTH_RATIO = 1.10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,7 +236,7 @@ class Search:
         return smallest
 
     def _with_slots(self, layout: Layout) -> Candidate:
-        """`layout` with as few slots as are as fast as all that fit."""
+        """`layout` with as few slots as are nearly as fast as all that fit."""
         few = self.candidate(layout)
         if self.memory.layer_slots != AUTO or not few.fits:
             return few
@@ -246,13 +250,13 @@ class Search:
             layout.layer_slots + room // estimate.slot_bytes(self.work),
         )
         many = self.candidate(dataclasses.replace(layout, layer_slots=most))
-        if not many.fits or few.time.seconds <= many.time.seconds * WORTH_RATIO:
+        if not many.fits or few.time.seconds <= many.time.seconds * SLOT_WORTH_RATIO:
             return few
         low, high = layout.layer_slots, most
         while high - low > 1:
             middle = (low + high) // 2
             tried = self.candidate(dataclasses.replace(layout, layer_slots=middle))
-            if tried.time.seconds <= many.time.seconds * WORTH_RATIO:
+            if tried.time.seconds <= many.time.seconds * SLOT_WORTH_RATIO:
                 high = middle
             else:
                 low = middle
@@ -263,14 +267,14 @@ class Search:
         setting = self.memory.host_weights
         if setting != AUTO:
             place: HostWeights = "pinned" if setting == "pinned" else "mapped"
-            return place, estimate.host_bytes(self.work, layout, place)
+            return place, host_estimate.host_bytes(self.work, layout, place)
         if layout.layer_slots >= self.most_slots:
             # Every layer is read once: nothing need wait in main memory.
-            return "mapped", estimate.host_bytes(self.work, layout, "mapped")
-        host = estimate.host_bytes(self.work, layout, "pinned")
+            return "mapped", host_estimate.host_bytes(self.work, layout, "mapped")
+        host = host_estimate.host_bytes(self.work, layout, "pinned")
         if sum(host.values()) > self.host.total_bytes:
-            return "mapped", estimate.host_bytes(self.work, layout, "mapped")
-        if estimate.pinned_bytes(host) <= self.hardware.pin_limit_bytes:
+            return "mapped", host_estimate.host_bytes(self.work, layout, "mapped")
+        if host_estimate.pinned_bytes(host) <= self.hardware.pin_limit_bytes:
             return "pinned", host
         return "pageable", host
 
@@ -283,7 +287,9 @@ class Search:
             return math.inf
         if place == "pageable":
             return PAGEABLE_BYTES_PER_SECOND
-        mapped = estimate.layer_blobs_bytes(self.work) + estimate.head_table_bytes(self.work)
+        mapped = host_estimate.layer_blobs_bytes(self.work) + host_estimate.head_table_bytes(
+            self.work
+        )
         room = max(0, self.host.total_bytes - sum(host.values()))
         cached = min(1.0, room / mapped)
         return 1 / (cached / PAGEABLE_BYTES_PER_SECOND + (1 - cached) / DISK_BYTES_PER_SECOND)

@@ -14,16 +14,15 @@ from functools import lru_cache
 from eightgig.hardware.probe import Rates
 from eightgig.memory.estimate import (
     HEAD_BYTES,
-    PINNED_ROUNDING,
     Layout,
     checkpoint_bytes,
     head_chunk_rows,
     is_optimizer_on_device,
     num_head_chunks,
     offload_bytes,
-    row_bytes,
     slots_for_everything,
 )
+from eightgig.memory.host_estimate import PINNED_ROUNDING, row_bytes
 from eightgig.memory.layers import LayerSize
 from eightgig.memory.workload import Workload
 

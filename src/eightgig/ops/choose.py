@@ -209,10 +209,14 @@ def _ways_of_attention(
 ) -> Iterator[_Attention]:
     """The ways, fastest first; the last always works. Each is tried when it is reached."""
     probe = partial(flash.probe_attention, head_dim=head_dim, device=device, dtype=dtype)
+    on_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    if on_hopper:
+        yield _triton_attention(device, head_dim, lacking)
     if head_dim <= flash.LARGEST_HEAD_DIM:
         way = (flash.flash_attention, flash.flash_attention_backward)
         yield _Attention("flash", *way, "torch's own, with windows and packed rows", probe(*way))
-    yield _triton_attention(device, head_dim, lacking)
+    if not on_hopper:
+        yield _triton_attention(device, head_dim, lacking)
     way = (flash.efficient_attention, flash.efficient_attention_backward)
     yield _Attention("memory-efficient", *way, "torch's own, a few heads at a time", probe(*way))
     plain = (reference.attention, reference.attention_backward)

@@ -8,12 +8,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from eightgig.ops.triton_jit import kernel
+from eightgig.ops.triton_jit import device_function, kernel
 
 _BLOCK = 4096
 
 
-@kernel()
+@device_function
 def _load_logits(
     row: tl.tensor, begin: tl.tensor, label: tl.tensor, C: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
@@ -24,7 +24,7 @@ def _load_logits(
     return tl.where(columns == label, float("-inf"), z), columns, inside
 
 
-@kernel()
+@kernel(varying=("cap",))
 def _capped(
     logits: tl.tensor,
     labels: tl.tensor,
@@ -103,12 +103,15 @@ def cross_entropy_chunk(
 ) -> Tensor | None:
     """`reference.cross_entropy_chunk`."""
     tokens, C = logits.shape
-    sizes = {"C": C, "BLOCK": _BLOCK, "num_warps": 8}
-    strides = (logits.stride(0), out.stride(0))
+    grid, strides = (tokens, 1, 1), (logits.stride(0), out.stride(0))
     if softcap is not None:
-        _capped[tokens,](logits, labels_local, sums, out, *strides, softcap, **sizes)
+        _capped.launch(
+            grid, logits, labels_local, sums, out, *strides, softcap, C, _BLOCK, num_warps=8
+        )
         return None
     assert maxima is not None, "without a cap the row maxima are needed"
-    factors = torch.empty(tokens, dtype=torch.float32, device=logits.device)
-    _uncapped[tokens,](logits, labels_local, maxima, sums, factors, out, *strides, **sizes)
+    factors = torch.empty_like(sums)
+    _uncapped.launch(
+        grid, logits, labels_local, maxima, sums, factors, out, *strides, C, _BLOCK, num_warps=8
+    )
     return factors

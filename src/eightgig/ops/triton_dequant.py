@@ -12,7 +12,7 @@ from eightgig.ops.triton_jit import kernel
 _GROUPS = 512
 
 
-@kernel()
+@kernel(varying=("mean",))
 def _dequantize(
     codes: tl.tensor,
     absmax: tl.tensor,
@@ -64,9 +64,9 @@ def dequantize(
     assert block_size % 8 == 0, f"blocks are a multiple of 8: {block_size}"
     groups = rows * columns // 8
     # Fused multiply-add would round once where bitsandbytes rounds twice.
-    _dequantize[-(-groups // _GROUPS),](
+    _dequantize.launch(
+        (-(-groups // _GROUPS), 1, 1),
         codes, absmax, nested_absmax, mean, code, nested_code, out, groups, out.stride(0),
-        ROW_GROUPS=columns // 8, BLOCK_SIZE=block_size, NESTED_BLOCK_SIZE=nested_block_size,
-        GROUPS=_GROUPS, enable_fp_fusion=False,
+        columns // 8, block_size, nested_block_size, _GROUPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -8,12 +8,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from eightgig.ops.triton_jit import kernel
+from eightgig.ops.triton_jit import device_function, kernel
 
 _BLOCK = 1024
 
 
-@kernel()
+@device_function
 def _mix32(value: tl.tensor) -> tl.tensor:
     """`reference.mix32` of uint32."""
     value = (value ^ (value >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
@@ -21,7 +21,7 @@ def _mix32(value: tl.tensor) -> tl.tensor:
     return value ^ (value >> 16)
 
 
-@kernel(varying=("module_key", "threshold"))
+@kernel(varying=("module_key", "threshold", "scale"))
 def _dropout(
     hidden: tl.tensor,
     row_keys: tl.tensor,
@@ -56,10 +56,11 @@ def dropout(
     """`reference.dropout`, the same mask bit for bit."""
     tokens, D = hidden.shape
     if out is None:
-        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    _dropout[tokens, -(-D // _BLOCK)](
+        out = torch.empty_like(hidden)
+    _dropout.launch(
+        (tokens, -(-D // _BLOCK), 1),
         hidden, row_keys, out, hidden.stride(0), out.stride(0),
-        _as_int32(module_key), _as_int32(int(p * 2**32)), 1 / (1 - p), D=D, BLOCK=_BLOCK,
+        _as_int32(module_key), _as_int32(int(p * 2**32)), 1 / (1 - p), D, _BLOCK,
     )  # fmt: skip
     return out
 

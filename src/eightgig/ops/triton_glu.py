@@ -13,20 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from eightgig.ops.reference import Activation
-from eightgig.ops.triton_jit import kernel
+from eightgig.ops.triton_jit import device_function, kernel
 
 _BLOCK = 1024
 _ROOT = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _CUBIC = tl.constexpr(0.044715)
 
 
-@kernel()
+@device_function
 def _sigmoid_of(x: tl.tensor, SILU: tl.constexpr) -> tl.tensor:
     z = x if SILU else _ROOT * (x + _CUBIC * x * x * x)
     return 1.0 / (1.0 + tl.exp(-z))
 
 
-@kernel()
+@device_function
 def _load_row(
     base: tl.tensor, stride: tl.tensor, columns: tl.tensor, inside: tl.tensor
 ) -> tl.tensor:
@@ -34,7 +34,7 @@ def _load_row(
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
-@kernel()
+@device_function
 def _store_row(
     base: tl.tensor, stride: tl.tensor, columns: tl.tensor, inside: tl.tensor, value: tl.tensor
 ) -> None:
@@ -93,10 +93,11 @@ def glu(gate: Tensor, up: Tensor, activation: Activation, *, out: Tensor | None 
     """`reference.glu`."""
     tokens, F = gate.shape
     if out is None:
-        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    _glu[tokens, -(-F // _BLOCK)](
+        out = torch.empty_like(gate)
+    _glu.launch(
+        (tokens, -(-F // _BLOCK), 1),
         gate, up, out, gate.stride(0), up.stride(0), out.stride(0),
-        F=F, SILU=activation == "silu", BLOCK=_BLOCK,
+        F, activation == "silu", _BLOCK,
     )  # fmt: skip
     return out
 
@@ -113,12 +114,13 @@ def glu_backward(
     """`reference.glu_backward`; the results may take the place of the inputs."""
     tokens, F = gate.shape
     if out_gate is None:
-        out_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        out_gate = torch.empty_like(gate)
     if out_up is None:
-        out_up = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    _glu_backward[tokens, -(-F // _BLOCK)](
+        out_up = torch.empty_like(gate)
+    _glu_backward.launch(
+        (tokens, -(-F // _BLOCK), 1),
         gate, up, grad, out_gate, out_up, gate.stride(0), up.stride(0), grad.stride(0),
         out_gate.stride(0), out_up.stride(0),
-        F=F, SILU=activation == "silu", BLOCK=_BLOCK,
+        F, activation == "silu", _BLOCK,
     )  # fmt: skip
     return out_gate, out_up

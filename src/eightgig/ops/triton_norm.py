@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from eightgig.ops.reference import HeadLayout
-from eightgig.ops.triton_jit import kernel, power_of_two
+from eightgig.ops.triton_jit import device_function, kernel, power_of_two
 
 _HEAD_TILE_ELEMENTS = 4096
 
 
-@kernel()
+@kernel(varying=("eps",))
 def _norm_row(
     hidden: tl.tensor,
     weight: tl.tensor,
@@ -55,7 +55,7 @@ def _norm_row(
     )
 
 
-@kernel()
+@kernel(varying=("eps",))
 def _norm_row_backward(
     grad: tl.tensor,
     hidden: tl.tensor,
@@ -101,7 +101,7 @@ def _norm_row_backward(
     )
 
 
-@kernel()
+@device_function
 def _load_halves(
     base: tl.tensor, stride: tl.tensor, rows: tl.tensor, inside: tl.tensor, HALF: tl.constexpr
 ) -> tl.tensor:
@@ -113,7 +113,7 @@ def _load_halves(
     return first.to(tl.float32), second.to(tl.float32)
 
 
-@kernel()
+@device_function
 def _store_halves(
     base: tl.tensor,
     stride: tl.tensor,
@@ -129,14 +129,14 @@ def _store_halves(
     tl.store(at + HALF, second.to(base.dtype.element_ty), mask=inside[:, None])
 
 
-@kernel()
+@device_function
 def _inverse_rms(
     first: tl.tensor, second: tl.tensor, eps: tl.tensor, HALF: tl.constexpr
 ) -> tl.tensor:
     return tl.rsqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + eps)[:, None]
 
 
-@kernel()
+@device_function
 def _norm_rope_head(
     source: tl.tensor,
     source_stride: tl.tensor,
@@ -168,7 +168,7 @@ def _norm_rope_head(
     _store_halves(target, target_stride, rows, inside, first, second, HALF)
 
 
-@kernel()
+@device_function
 def _unrope_unnorm_head(
     grad: tl.tensor,
     grad_stride: tl.tensor,
@@ -203,7 +203,7 @@ def _unrope_unnorm_head(
     return first, second
 
 
-@kernel(varying=("tokens",))
+@kernel(varying=("tokens", "eps"))
 def _norm_rope(
     qkv: tl.tensor,
     q_weight: tl.tensor,
@@ -246,7 +246,7 @@ def _norm_rope(
             )  # fmt: skip
 
 
-@kernel(varying=("tokens",))
+@kernel(varying=("tokens", "eps"))
 def _norm_rope_backward(
     grad_q: tl.tensor,
     grad_k: tl.tensor,
@@ -311,7 +311,7 @@ def rms_norm(
 ) -> Tensor:
     """`reference.rms_norm` of an (N, D) matrix."""
     if out is None:
-        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        out = torch.empty_like(hidden)
     return _norm(hidden, weight, None, None, out, eps, norms=True)
 
 
@@ -319,7 +319,7 @@ def rms_norm_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor | None, eps: float, *, add: Tensor | None = None
 ) -> Tensor:
     """`reference.rms_norm_backward` of (N, D) matrices."""
-    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    out = torch.empty_like(hidden)
     _norm_backward(grad, hidden, weight, eps, out=out, add=add)
     return out
 
@@ -333,7 +333,7 @@ def residual_norm(
     scalar: Tensor | None = None,
 ) -> Tensor:
     """`reference.residual_norm`."""
-    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    out = torch.empty_like(residual)
     return _norm(branch, weight, residual, scalar, out, eps, norms=weight is not None)
 
 
@@ -350,10 +350,10 @@ def residual_norm_backward(
     if weight is None and scalar is None:
         return grad, grad if out is None else out.copy_(grad)
     if out is None:
-        out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        out = torch.empty_like(grad)
     grad_residual = grad
     if scalar is not None:
-        grad_residual = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        grad_residual = torch.empty_like(grad)
     _norm_backward(grad, branch, weight, eps, out=out, scalar=scalar, grad_residual=grad_residual)
     return grad_residual, out
 
@@ -370,16 +370,17 @@ def qkv_norm_rope(
     """`reference.qkv_norm_rope`; `cos` and `sin` contiguous, head_dim a power of two."""
     tokens = qkv.shape[0]
     H, K, head_dim = heads.num_heads, heads.num_kv_heads, heads.head_dim
-    q = torch.empty(tokens, H, head_dim, dtype=qkv.dtype, device=qkv.device)
+    q = qkv.new_empty(tokens, H, head_dim)
     k = v = None
     if heads.has_k:
-        k = torch.empty(tokens, K, head_dim, dtype=qkv.dtype, device=qkv.device)
+        k = qkv.new_empty(tokens, K, head_dim)
         v = torch.empty_like(k)
     rows = max(1, _HEAD_TILE_ELEMENTS // head_dim)
-    _norm_rope[-(-tokens // rows), H + 2 * K if heads.has_k else H](
+    v_column = heads.query_size + (heads.kv_size if heads.has_v else 0)
+    _norm_rope.launch(
+        (-(-tokens // rows), H + 2 * K if heads.has_k else H, 1),
         qkv, q_weight, k_weight, cos, sin, q, k, v, qkv.stride(0), tokens, eps,
-        H=H, K=K, HALF=head_dim // 2, NORMS_V=heads.norms_v, ROWS=rows,
-        V_COLUMN=heads.query_size + (heads.kv_size if heads.has_v else 0),
+        H, K, head_dim // 2, v_column, heads.norms_v, rows,
     )  # fmt: skip
     return q, k, v
 
@@ -402,15 +403,16 @@ def qkv_norm_rope_backward(
     tokens = qkv.shape[0]
     H, K, head_dim = heads.num_heads, heads.num_kv_heads, heads.head_dim
     if out is None:
-        out = torch.empty(tokens, heads.width, dtype=qkv.dtype, device=qkv.device)
+        out = qkv.new_empty(tokens, heads.width)
     rows = max(1, _HEAD_TILE_ELEMENTS // head_dim)
-    _norm_rope_backward[-(-tokens // rows), heads.width // head_dim](
+    _norm_rope_backward.launch(
+        (-(-tokens // rows), heads.width // head_dim, 1),
         grad_q, grad_k, grad_v, qkv, q_weight, k_weight, cos, sin, out,
         grad_q.stride(0),
         0 if grad_k is None else grad_k.stride(0),
         0 if grad_v is None else grad_v.stride(0),
         qkv.stride(0), out.stride(0), tokens, eps,
-        H=H, K=K, HALF=head_dim // 2, HAS_V=heads.has_v, NORMS_V=heads.norms_v, ROWS=rows,
+        H, K, head_dim // 2, heads.has_v, heads.norms_v, rows,
     )  # fmt: skip
     return out
 
@@ -426,10 +428,10 @@ def _norm(
     norms: bool,
 ) -> Tensor:
     tokens, D = branch.shape
-    _norm_row[tokens,](
-        branch, weight, residual, scalar, out, branch.stride(0),
+    _norm_row.launch(
+        (tokens, 1, 1), branch, weight, residual, scalar, out, branch.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), eps,
-        D=D, BLOCK=power_of_two(D), NORMS=norms, num_warps=_row_warps(D),
+        D, power_of_two(D), norms, num_warps=_row_warps(D),
     )  # fmt: skip
     return out
 
@@ -446,11 +448,11 @@ def _norm_backward(
     grad_residual: Tensor | None = None,
 ) -> None:
     tokens, D = grad.shape
-    _norm_row_backward[tokens,](
+    _norm_row_backward.launch(
+        (tokens, 1, 1),
         grad, hidden, weight, add, scalar, None if scalar is None else grad_residual, out,
         grad.stride(0), hidden.stride(0), 0 if add is None else add.stride(0), out.stride(0), eps,
-        D=D, BLOCK=power_of_two(D), num_warps=_row_warps(D),
-        NORMS=weight is not None or scalar is None,
+        D, power_of_two(D), weight is not None or scalar is None, num_warps=_row_warps(D),
     )  # fmt: skip
 
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Far enough for a copy to hide behind computation. Loading still earlier would evict what is
+# needed sooner than the best victim at the time of need.
+_VISITS_AHEAD = 2
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
@@ -36,8 +40,8 @@ class Cycle:
 def plan_cycle(visits: Sequence[int], start: Sequence[int | None]) -> Cycle:
     """Loads for one pass over `visits` that will be followed by the same pass again.
 
-    Before visit i, items of later visits are loaded in order as long as there is a slot whose
-    item is needed later than they are, or never; the item being visited keeps its slot.
+    Before visit i, the items of the next visits are loaded in order as long as there is a slot
+    whose item is needed later than they are, or never; the item being visited keeps its slot.
 
     Args:
         visits: Items in the order they are used.
@@ -54,7 +58,7 @@ def plan_cycle(visits: Sequence[int], start: Sequence[int | None]) -> Cycle:
     for at in range(n):
         loads = []
         frontier = max(frontier, at)
-        while frontier < at + num_slots:
+        while frontier <= at + min(_VISITS_AHEAD, num_slots - 1):
             item = visits[frontier % n]
             if item not in slot_of:
                 slot = max(range(num_slots), key=lambda s: used_at[s])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,36 +58,36 @@ def train_null_adapter(
     if null_adapter_path(folder).is_dir():
         return
     tuned = open_run(folder, observe, overrides=overrides)
-    planned = plan_rows(tuned, observe)
     config = replace(
         tuned.config,
         run=replace(tuned.config.run, name=NULL_NAME, output_dir=str(tuned.run.folder)),
     )
-    rows = shuffle_answers(planned.rows, seed=config.train.seed, max_length=planned.plan.max_length)
+    rows, held_out, plan = plan_rows(
+        tuned, observe, change=partial(shuffle_answers, seed=config.train.seed)
+    )
     observe(f"null adapter: {rows.num_rows:,} rows with shuffled answers")
     run = create_run(config, resume=True)
     with lock_run(run), log_to(run):
-        spec, plan = tuned.base.spec, planned.plan
+        spec = tuned.base.spec
         store = open_store(
             spec, checkpoint_of(tuned.base), config.model, device=plan.device, progress=observe
         )
         engine = assemble(spec, store, plan, config.lora, seed=config.train.seed)
         start = begin(run, config, engine, (spec, store), rows, observe)
-        job = Job(run, config, spec, plan, rows, planned.held_out, engine, start)
+        job = Job(run, config, spec, plan, rows, held_out, engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tuned.tokenizer)
         engine.close()
 
 
-def shuffle_answers(rows: Dataset, *, seed: int, max_length: int) -> Dataset:
+def shuffle_answers(rows: Dataset, *, seed: int) -> Dataset:
     """`rows` with their last answers exchanged at random; only these are trained.
 
-    Rows without a question, and those that grow beyond `max_length`, are left out.
+    Rows without a question are left out.
 
     Args:
         rows: Training rows.
         seed: Of the order.
-        max_length: Longest row in tokens.
 
     Raises:
         DataError: Fewer than two rows have a question.
@@ -101,22 +102,20 @@ def shuffle_answers(rows: Dataset, *, seed: int, max_length: int) -> Dataset:
     order = random_order(len(questions), seed=seed, stream=_STREAM)
     # Each row takes the answer of its neighbour in a random order: never its own.
     given = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
-    ids: list[tuple[int, ...]] = []
-    labels: list[tuple[int, ...]] = []
-    kept: list[int] = []
+    ids: list[int] = []
+    labels: list[int] = []
+    offsets = [0]
     for number, question in enumerate(questions):
         answer = questions[given[number]].answer
-        row = (*question.prompt, *answer)
-        if len(row) <= max_length:
-            ids.append(row)
-            labels.append((*(IGNORE_INDEX for _ in question.prompt), *answer))
-            kept.append(question.row)
-    lengths = [len(row) for row in ids]
-    input_ids = np.concatenate([np.array(row, np.int32) for row in ids])
+        ids += (*question.prompt, *answer)
+        labels += (*[IGNORE_INDEX] * len(question.prompt), *answer)
+        offsets.append(len(ids))
+    input_ids = np.array(ids, np.int32)
+    kept = [question.row for question in questions]
     return Dataset(
         input_ids=input_ids,
-        labels=np.concatenate([np.array(row, np.int32) for row in labels]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        labels=np.array(labels, np.int32),
+        offsets=np.array(offsets, np.int64),
         row_ids=rows.row_ids[kept],
         fingerprint=hashlib.sha256(input_ids.tobytes()).hexdigest(),
         summary=rows.summary,

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-_SYLLABLES = "ba de fi go hu ka le mi no pu ra se ti vo wu za che sto bri gla".split()
+_SYLLABLES = (
+    "ba", "de", "fi", "go", "hu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "wu",
+    "za", "che", "sto", "bri", "gla",
+)  # fmt: skip
 
 
 def words(count: int, seed: int) -> str:

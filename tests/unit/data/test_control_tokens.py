@@ -62,9 +62,7 @@ def control_ids(renderer, row):
 @pytest.mark.parametrize("place", ["question", "answer", "system", "after a blank", "twice"])
 def test_a_typed_token_stays_text(chat, tokenizer, renderer, place):
     token = CLOSING[chat]
-    typed = {"after a blank": f"a {token} b", "twice": f"a{token}{token}b"}.get(
-        place, f"a{token}b"
-    )
+    typed = {"after a blank": f"a {token} b", "twice": f"a{token}{token}b"}.get(place, f"a{token}b")
     plain = "aXb"
 
     def turns(text):
@@ -86,7 +84,9 @@ def test_text_around_a_typed_token_is_cut_as_ever(chat, tokenizer, renderer):
     (plain,), _ = render(renderer, user("the question x"), assistant("It shines."))
     trained = row.input_ids[row.is_trained].tolist()
     assert trained == plain.input_ids[plain.is_trained].tolist()
-    start = next(i for i, (a, b) in enumerate(zip(row.input_ids, plain.input_ids)) if a != b)
+    start = next(
+        i for i, (a, b) in enumerate(zip(row.input_ids, plain.input_ids, strict=False)) if a != b
+    )
     question = tokenizer.decode(plain.input_ids[:start])
     assert question.endswith(("the question ", "the question"))
 
@@ -152,9 +152,7 @@ def test_reasoning_that_a_template_cuts_from_an_answer_is_refused():
     if not path.exists():
         pytest.skip("Google's chat template is not here")
     renderer = Renderer(render_settings(make_chat_tokenizer("gemma4_small")))
-    rows, codes = render(
-        renderer, user("Hi"), assistant("<|channel>thought\nSo.<channel|>Hello")
-    )
+    rows, codes = render(renderer, user("Hi"), assistant("<|channel>thought\nSo.<channel|>Hello"))
     assert rows == ()
     assert codes[0] == "data.content_lost"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-
 from pyarrow import feather, ipc, parquet
 
 from eightgig.config import DataConfig
@@ -64,9 +63,10 @@ def parquet_file(folder: Path) -> Path:
 
 def arrow_file(folder: Path) -> Path:
     made = pa.Table.from_pylist(ROWS)
-    with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, ipc.new_stream(
-        file, made.schema
-    ) as writer:
+    with (
+        pa.OSFile(str(folder / "rows.arrow"), "wb") as file,
+        ipc.new_stream(file, made.schema) as writer,
+    ):
         writer.write_table(made)
     return folder / "rows.arrow"
 

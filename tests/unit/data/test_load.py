@@ -222,9 +222,7 @@ def test_only_the_completion_of_a_pair_is_trained(tmp_path, tokenizer):
 
 def test_answers_in_a_prompt_are_not_trained(tmp_path, tokenizer):
     turns = chat_row(1, turns=2)["messages"]
-    path = write_lines(
-        tmp_path / "rows.jsonl", [{"prompt": turns[:3], "completion": turns[3:]}]
-    )
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": turns[:3], "completion": turns[3:]}])
     train = load_dataset(DataConfig(path=str(path), held_out=0), tokenizer).train
     trained = train.labels[train.labels != IGNORE_INDEX]
     assert tokenizer.decode(trained) == turns[3]["content"] + "<|eot_id|>"

@@ -12,7 +12,12 @@ from safetensors.torch import load_file
 
 from eightgig.config import LoraConfig
 from eightgig.export.folder import copy_model_files, output_folder
-from eightgig.export.merge import config_without_quantization, merged_bytes, write_merged
+from eightgig.export.merge import (
+    config_without_quantization,
+    merged_bytes,
+    precision_findings,
+    write_merged,
+)
 from eightgig.export.source import TunedWeights
 from eightgig.models.checkpoint import read_model_spec
 from eightgig.quant.build import Download
@@ -170,9 +175,10 @@ def test_a_4_bit_base_becomes_16_bit_and_says_what_is_lost(family: str, tmp_path
     assert spec.quantization == "bnb_4bit"
     weights = TunedWeights(spec, base, write_random_adapter(tmp_path / "adapter", spec))
     with output_folder(tmp_path / "merged", needed_bytes=merged_bytes(weights)) as output:
-        (finding,) = write_merged(output, weights, base, lambda _: None)
+        write_merged(output, weights, base, lambda _: None)
         output.write("config.json", config_without_quantization(base))
         copy_model_files(output, base, skip=tuple(output.files))
+    (finding,) = precision_findings(weights)
     assert finding.severity == "warning"
     assert "4 bit" in finding.message
     assert "--base" in finding.fix

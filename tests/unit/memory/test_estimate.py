@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eightgig.memory import estimate
+from eightgig.memory import estimate, host_estimate
 from eightgig.memory.estimate import Layout
 from eightgig.units import MIB
 from tests.unit.memory import cases
@@ -129,7 +129,7 @@ def test_paged_states_are_outside_the_allocator_and_counted() -> None:
     work = cases.workload(SMALL, train={"optim": "paged_adamw_8bit"})
     assert estimate.optimizer_device_bytes(work) == 0
     assert estimate.managed_bytes(work) == estimate.optimizer_state_bytes(work) > 0
-    assert estimate.host_bytes(work, LAYOUT, "pinned")["managed_optimizer"] > 0
+    assert host_estimate.host_bytes(work, LAYOUT, "pinned")["managed_optimizer"] > 0
 
 
 def test_states_of_tiny_tensors_stay_float32() -> None:
@@ -203,7 +203,7 @@ def test_kept_outputs_wait_on_the_host_and_in_buffers(name: str) -> None:
     kept = dataclasses.replace(LAYOUT, offload=(name,))
     columns = 512 if name != "attention" else 256 + 16 + 2 * 4
     assert estimate.offload_bytes(work, kept) == 4 * 2 * 1024 * columns * 2
-    host = estimate.host_bytes(work, kept, "pinned")
+    host = host_estimate.host_bytes(work, kept, "pinned")
     assert host["offload"] == estimate.offload_bytes(work, kept)
     more = _items(kept)["checkpoints"] - _items()["checkpoints"]
     assert more == 3 * 1024 * columns * 2
@@ -211,34 +211,39 @@ def test_kept_outputs_wait_on_the_host_and_in_buffers(name: str) -> None:
 
 def test_mapped_layers_take_no_host_memory_of_their_own() -> None:
     work = cases.workload(SMALL)
-    pinned = estimate.host_bytes(work, LAYOUT, "pinned")
-    mapped = estimate.host_bytes(work, LAYOUT, "mapped")
-    assert pinned["layers"] == estimate.layer_blobs_bytes(work)
+    pinned = host_estimate.host_bytes(work, LAYOUT, "pinned")
+    mapped = host_estimate.host_bytes(work, LAYOUT, "mapped")
+    assert pinned["layers"] == host_estimate.layer_blobs_bytes(work)
     assert pinned["head"] == 32_000 * 512 * 2
     assert "layers" not in mapped
     assert "head" not in mapped
 
 
-def test_the_host_optimizer_takes_sixteen_bytes_a_parameter() -> None:
+def test_the_host_optimizer_takes_sixteen_bytes_a_parameter_and_pins_in_powers_of_two() -> None:
     work = cases.workload(SMALL)
-    assert estimate.host_bytes(work, LAYOUT, "mapped")["adapter"] == 16 * work.master_elements
+    host = host_estimate.host_bytes(work, LAYOUT, "mapped")
+    assert host["adapter"] == 12 * work.master_elements
+    assert 4 * work.master_elements <= host["gradients"] < 8 * work.master_elements
+    assert host["gradients"].bit_count() == 1
+    on_card = cases.workload(SMALL, train={"optim": "adamw_8bit"})
+    assert "gradients" not in host_estimate.host_bytes(on_card, LAYOUT, "mapped")
 
 
 def test_tables_are_the_embedding_the_head_and_per_layer_rows() -> None:
-    tables = estimate.table_bytes(cases.workload(cases.gemma("E4B")))
+    tables = host_estimate.table_bytes(cases.workload(cases.gemma("E4B")))
     assert tables["embedding"] == 262_144 * 2560 * 2
     assert tables["head"] == 0  # tied
     assert tables["ple"] == 262_144 * 42 * 256 * 2
-    assert estimate.table_bytes(cases.workload(SMALL))["head"] == 32_000 * 512 * 2
+    assert host_estimate.table_bytes(cases.workload(SMALL))["head"] == 32_000 * 512 * 2
 
 
 def test_disk_holds_the_store_and_one_checkpoint_more_than_are_kept() -> None:
     work = cases.workload(SMALL)
     masters = work.master_elements
-    full = estimate.disk_bytes(work, is_prepared=False, has_tables=False, num_checkpoints=3)
-    tables = sum(estimate.table_bytes(work).values())
-    assert full == estimate.layer_blobs_bytes(work) + tables + 4 * 12 * masters + 4 * masters
-    prepared = estimate.disk_bytes(work, is_prepared=True, has_tables=True, num_checkpoints=3)
+    full = host_estimate.disk_bytes(work, is_prepared=False, has_tables=False, num_checkpoints=3)
+    tables = sum(host_estimate.table_bytes(work).values())
+    assert full == host_estimate.layer_blobs_bytes(work) + tables + 4 * 12 * masters + 4 * masters
+    prepared = host_estimate.disk_bytes(work, is_prepared=True, has_tables=True, num_checkpoints=3)
     assert prepared == 4 * 12 * masters + 4 * masters
 
 

@@ -12,7 +12,7 @@ from eightgig.config import AUTO, Config
 from eightgig.errors import ConfigError
 from eightgig.hardware.cards import hardware_from_card
 from eightgig.hardware.probe import Hardware
-from eightgig.memory import estimate
+from eightgig.memory import estimate, host_estimate
 from eightgig.memory.plan import Plan, RowLengths, make_plan
 from eightgig.run import from_json, to_json
 from eightgig.units import GIB, MIB
@@ -382,4 +382,4 @@ def test_a_plan_that_fits_keeps_every_budget(
     else:
         assert plan.advice
     if plan.host_weights == "pinned" and settings_.memory.host_weights == AUTO:
-        assert estimate.pinned_bytes(dict(plan.host_breakdown)) <= machine.pin_limit_bytes
+        assert host_estimate.pinned_bytes(dict(plan.host_breakdown)) <= machine.pin_limit_bytes

@@ -1,0 +1,101 @@
+"""`eightgig demo`: the usual commands one after the other, on the embedded model and its data."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eightgig.cli.progress import TrainingView
+from eightgig.config import (
+    DEMO_MODEL,
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from eightgig.demo import demo_data_path
+from eightgig.finetune import finetune
+
+if TYPE_CHECKING:
+    from eightgig.evaluation.records import AnswerPair, Evaluation
+
+HELD_OUT_ROWS = 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """What a model reaches on the held-out rows."""
+
+    loss: float
+    exact_match: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoResult:
+    """How the demo ended.
+
+    Attributes:
+        before, after: Scores of the base and of the tuned model.
+        seconds: Time for everything.
+        run: The run folder.
+    """
+
+    before: Scores
+    after: Scores
+    seconds: float
+    run: str
+
+
+def demo_config(output_dir: Path) -> Config:
+    """Settings of the demo, for a run folder in `output_dir` that does not exist yet."""
+    names = (f"demo-{number}" if number else "demo" for number in (0, *range(2, 10_000)))
+    name = next(name for name in names if not (output_dir / name).exists())
+    return Config(
+        model=ModelConfig(name=DEMO_MODEL),
+        data=DataConfig(path=str(demo_data_path()), held_out=HELD_OUT_ROWS),
+        lora=LoraConfig(r=16, lora_alpha=32),
+        # A model this small wants ten times the learning rate of a large one.
+        train=TrainConfig(num_train_epochs=3, learning_rate=2e-3, warmup_ratio=0.05),
+        run=RunConfig(name=name, output_dir=str(output_dir), eval_steps=100, save_epochs=False),
+    )
+
+
+def run_demo(config: Config, view: TrainingView) -> tuple[DemoResult, tuple[AnswerPair, ...]]:
+    """Train, and compare base and tuned model on the rows held out.
+
+    Args:
+        config: From `demo_config`.
+        view: Shows the course of it.
+
+    Returns:
+        Scores, and all answers side by side.
+    """
+    start_seconds = time.monotonic()
+    for report in finetune(config, observe=view.notice):
+        view.step(report)
+    # Not before: these load torch, and `finetune` sets up its allocator first.
+    from eightgig.evaluation.evaluate import evaluate_run
+    from eightgig.evaluation.passes import EvaluationOptions
+
+    folder = Path(config.run.output_dir, config.run.name)
+    options = EvaluationOptions(max_answers=HELD_OUT_ROWS, has_general_text=False)
+    evaluation = evaluate_run(folder, options, view.notice)
+    result = DemoResult(
+        before=_scores(evaluation, "first"),
+        after=_scores(evaluation, "second"),
+        seconds=time.monotonic() - start_seconds,
+        run=str(folder),
+    )
+    return result, evaluation.pairs
+
+
+def _scores(evaluation: Evaluation, model: str) -> Scores:
+    matches = {measure.name: measure for measure in evaluation.answers}
+    return Scores(
+        loss=getattr(evaluation.loss, model).value,
+        exact_match=getattr(matches["exact_match"], model).value,
+    )

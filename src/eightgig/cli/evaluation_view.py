@@ -1,0 +1,95 @@
+"""What `eightgig eval` and `eightgig demo` show: base against tuned, and answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from eightgig.cli import render
+from eightgig.units import format_seconds
+
+if TYPE_CHECKING:
+    from eightgig.cli.demo import DemoResult
+    from eightgig.evaluation.records import AnswerPair, Evaluation
+    from eightgig.evaluation.statistics import Measure
+
+_SHOWN_PAIRS = 5
+_WORD_STYLES = {"better": "green", "worse": "red", "same": ""}
+
+
+def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
+    """Every measure of both models, some answers, and the verdict."""
+    if as_json:
+        render.show_json(evaluation)
+        return
+    render.show_table(_measures(_all_measures(evaluation)))
+    show_pairs(evaluation.pairs)
+    for note in evaluation.notes:
+        render.show_line(f"note: {note}")
+    render.show_findings(evaluation.findings)
+    verdict = evaluation.verdict
+    style = f"bold {_WORD_STYLES.get(verdict.word, 'yellow')}"
+    render.show_line(f"The tuned model: {verdict.word} ({verdict.reason})", style)
+
+
+def show_demo(result: DemoResult, pairs: Sequence[AnswerPair], *, as_json: bool) -> None:
+    """Answers before and after, the scores, and where the run is."""
+    if as_json:
+        render.show_json(result)
+        return
+    show_pairs(pairs)
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("held-out rows", "before", "after"):
+        table.add_column(column, justify="left" if column == "held-out rows" else "right")
+    before, after = result.before, result.after
+    table.add_row("loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    table.add_row("exact match", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}")
+    render.show_table(table)
+    render.show_line(f"Done in {format_seconds(result.seconds)}. Run folder: {result.run}")
+
+
+def show_pairs(pairs: Sequence[AnswerPair]) -> None:
+    """Some questions, the wanted answers and those of both models; first where these differ."""
+    for pair in sorted(pairs, key=lambda pair: pair.base == pair.tuned)[:_SHOWN_PAIRS]:
+        render.show_text(Text.assemble(("question  ", "bold"), pair.question))
+        render.show_text(Text.assemble(("  wanted  ", "dim"), pair.reference))
+        render.show_text(Text.assemble(("  before  ", "dim"), pair.base))
+        is_right = pair.tuned == pair.reference
+        render.show_text(Text.assemble(("  after   ", "green" if is_right else "dim"), pair.tuned))
+
+
+def _all_measures(evaluation: Evaluation) -> Iterator[Measure]:
+    yield evaluation.loss
+    yield evaluation.perplexity
+    yield from evaluation.answers
+    if evaluation.labels is not None:
+        yield evaluation.labels.accuracy
+    if evaluation.forgetting is not None:
+        yield evaluation.forgetting.loss
+    if evaluation.null is not None:
+        yield evaluation.null.loss
+        yield evaluation.null.tuned_loss
+
+
+def _measures(measures: Iterable[Measure]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("held-out rows")
+    for column in ("base", "tuned", "difference", "95 % interval", "p"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for measure in measures:
+        change = measure.difference
+        table.add_row(
+            measure.name.replace("_", " "),
+            f"{measure.first.value:.3f}",
+            f"{measure.second.value:.3f}",
+            f"{change.value:+.3f}",
+            f"{change.low:+.3f} to {change.high:+.3f}",
+            f"{measure.p_value:.2g}",
+            Text(measure.verdict, _WORD_STYLES.get(measure.verdict, "")),
+        )
+    return table

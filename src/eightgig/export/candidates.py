@@ -1,0 +1,180 @@
+"""Exports loaded again by the programs they are for, to answer the same prompts.
+
+Merged weights by Transformers, in float32 on the processor; GGUF by llama.cpp, through
+llama-cpp-python. Both are asked with token ids, greedily.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eightgig.errors import ExportError
+from eightgig.export.answers import Answer, make_answer
+from eightgig.models.spec import ModelSpec
+
+_FLOAT32_BYTES = 4
+# Beside its weights a model needs room for its work; the rest of the system, too.
+_LOAD_FACTOR = 1.25
+_CONTEXT_ROOM = 64
+# llama-cpp-python keeps a row of logits for every token of a batch.
+_BATCH_TOKENS = 128
+
+
+def transformers_bytes(spec: ModelSpec) -> int:
+    """Main memory that Transformers needs for the model in float32."""
+    elements = 0
+    for tensor in spec.tensors.values():
+        count = 1
+        for size in tensor.shape:
+            count *= size
+        elements += count
+    return round(elements * _FLOAT32_BYTES * _LOAD_FACTOR)
+
+
+def ask_transformers(
+    folder: Path,
+    spec: ModelSpec,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_tokens: int,
+    end_ids: frozenset[int],
+) -> list[Answer]:
+    """Greedy answers of the model in `folder`, loaded by Transformers in float32.
+
+    Args:
+        folder: A whole model folder.
+        spec: The base model; it names the class.
+        prompts: Token ids.
+        num_tokens: Tokens of an answer at most.
+        end_ids: Tokens that end an answer.
+
+    Raises:
+        ExportError: Transformers cannot load it, or leaves a tensor out.
+    """
+    import transformers
+
+    model_class = getattr(transformers, spec.architecture)
+    try:
+        model, info = model_class.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ExportError(
+            "The merged model was deleted again: Transformers cannot load it.",
+            why=str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error),
+            fix="Check that the base model itself loads there; if it does, please report this.",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ExportError(
+            f"The merged model was deleted again: Transformers misses {len(missing)} tensors.",
+            why=f"Such as {', '.join(missing[:3])}.",
+            fix="Check that the base model itself loads there; if it does, please report this.",
+        )
+    model.eval()
+    with torch.inference_mode():
+        return [_ask_module(model, prompt, num_tokens, end_ids) for prompt in prompts]
+
+
+def _ask_module(
+    model: Any, prompt: Sequence[int], num_tokens: int, end_ids: frozenset[int]
+) -> Answer:
+    logits: list[NDArray[np.float32]] = []
+    ids: list[int] = []
+    step, cache = torch.tensor([list(prompt)]), None
+    while len(ids) < num_tokens and not (ids and ids[-1] in end_ids):
+        result = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache = result.past_key_values
+        logits.append(result.logits[0, -1].float().numpy())
+        ids.append(int(logits[-1].argmax()))
+        step = torch.tensor([[ids[-1]]])
+    return make_answer(logits, ids)
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python is installed."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+class LlamaCpp:
+    """A GGUF loaded by llama.cpp on the processor; a context manager.
+
+    Args:
+        path: The GGUF of a model.
+        context_tokens: Longest prompt and answer together.
+        lora: The GGUF of an adapter that is put on it.
+
+    Raises:
+        ExportError: llama.cpp cannot load it.
+    """
+
+    def __init__(self, path: Path, *, context_tokens: int, lora: Path | None = None) -> None:
+        llama_cpp: Any = importlib.import_module("llama_cpp")
+        self._library = llama_cpp
+        size = context_tokens + _CONTEXT_ROOM
+        try:
+            self._llama = llama_cpp.Llama(
+                model_path=str(path),
+                n_ctx=size,
+                n_batch=_BATCH_TOKENS,
+                n_ubatch=_BATCH_TOKENS,
+                n_gpu_layers=0,
+                lora_path=None if lora is None else str(lora),
+                # The cache in float32: it is the file that is tested.
+                type_k=llama_cpp.GGML_TYPE_F32,
+                type_v=llama_cpp.GGML_TYPE_F32,
+                flash_attn=False,
+                verbose=False,
+            )
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise ExportError(
+                f"The GGUF was deleted again: llama.cpp cannot load {path.name}.",
+                why=f"{error}".strip()[:300] or "It gives no reason.",
+                fix="Update llama-cpp-python; if that changes nothing, please report this.",
+            ) from error
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._llama.close()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`, control tokens in it read as such, nothing added."""
+        ids: list[int] = self._llama.tokenize(text.encode("utf-8"), add_bos=False, special=True)
+        return ids
+
+    def is_stop(self, token: int) -> bool:
+        """Whether llama.cpp ends an answer at `token`."""
+        vocabulary = self._library.llama_model_get_vocab(self._llama.model)
+        return bool(self._library.llama_vocab_is_eog(vocabulary, token))
+
+    def ask(self, prompt: Sequence[int], *, num_tokens: int, end_ids: frozenset[int]) -> Answer:
+        """The greedy answer to `prompt`; it ends at `end_ids` or where llama.cpp ends it."""
+        logits: list[NDArray[np.float32]] = []
+        ids: list[int] = []
+        self._llama.reset()
+        self._llama.eval(list(prompt))
+        while True:
+            logits.append(self._last_logits())
+            ids.append(int(logits[-1].argmax()))
+            if len(ids) == num_tokens or ids[-1] in end_ids or self.is_stop(ids[-1]):
+                return make_answer(logits, ids)
+            self._llama.eval([ids[-1]])
+
+    def _last_logits(self) -> NDArray[np.float32]:
+        pointer = self._library.llama_get_logits_ith(self._llama.ctx, -1)
+        size = self._llama.n_vocab()
+        values = np.ctypeslib.as_array(
+            ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), shape=(size,)
+        )
+        return values.copy()

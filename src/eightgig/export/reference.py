@@ -1,0 +1,297 @@
+"""The trained model's own answers: what every export is compared with.
+
+Two engines may stand for it. The one that was trained, with its base weights in 4 bit where the
+run had them so; and the one with the weights that were exported, unquantised, which an export must
+equal up to rounding. The first is there always, the second costs the disk a copy of the layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eightgig.data.batches import Dataset
+from eightgig.engine.assemble import Engine, assemble
+from eightgig.engine.generate import generate, row_bytes
+from eightgig.errors import DataError
+from eightgig.evaluation.loss import measure_loss
+from eightgig.evaluation.questions import pick_questions, read_questions
+from eightgig.evaluation.tuned_run import (
+    PlannedRows,
+    TunedRun,
+    answer_bytes,
+    build_engine,
+    plan_conversation,
+    plan_rows,
+    with_room,
+)
+from eightgig.export.answers import Answer, Precision, make_answer
+from eightgig.memory.plan import Plan
+from eightgig.models.checkpoint import read_config, read_model_spec
+from eightgig.quant.store import open_store
+
+NUM_PROMPTS = 8
+NUM_ANSWER_TOKENS = 16
+_MOST_PROMPT_TOKENS = 512
+_MOST_LOSS_TOKENS = 200_000
+_PLACEHOLDER = re.compile(r"(image|video|audio|boi|eoi|boa|eoa)_token_(id|index)")
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# For runs whose data cannot be read any more.
+_OWN_QUESTIONS = (
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write one sentence about the sea.",
+    "What is 7 times 8?",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompts:
+    """What the models are asked.
+
+    Attributes:
+        ids: Token ids of each prompt.
+        source: Where they come from, in words.
+        end_ids: Tokens that end an answer: stops, and placeholders of images and sounds, behind
+            which Transformers would look for some.
+        held_out: The held-out rows, None where there are none.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    source: str
+    end_ids: frozenset[int]
+    held_out: Dataset | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """A trained model's answers.
+
+    Attributes:
+        answers: To each prompt.
+        precision: Of its weights and of its arithmetic, the coarser of the two.
+        loss: Of the held-out rows, None where they were not measured.
+        words: What it is, in words.
+    """
+
+    answers: tuple[Answer, ...]
+    precision: Precision
+    loss: float | None
+    words: str
+
+
+def choose_prompts(tuned: TunedRun, observe: Callable[[object], None]) -> tuple[Prompts, Plan]:
+    """Prompts of held-out rows, and the plan for a model that answers them.
+
+    Raises:
+        DoesNotFitError: The model does not fit this machine.
+    """
+    end_ids = tuned.stop_ids | _placeholder_ids(tuned.base.folder)
+    try:
+        planned = plan_rows(tuned, observe)
+    except DataError:
+        own = Prompts(ids=_own_prompts(tuned), source="questions of eightgig", end_ids=end_ids)
+        return own, plan_conversation(tuned)
+    ids, source = _row_prompts(planned)
+    prompts = Prompts(ids=ids, source=source, end_ids=end_ids, held_out=planned.held_out)
+    return prompts, planned.plan
+
+
+def measure_reference(
+    tuned: TunedRun, plan: Plan, prompts: Prompts, observe: Callable[[object], None]
+) -> Reference:
+    """The answers of the trained model as it was trained.
+
+    Raises:
+        EightgigError: The model cannot be loaded.
+    """
+    is_four_bit = tuned.config.model.quantization == "nf4"
+    return _ask(
+        tuned,
+        plan,
+        prompts,
+        "4 bit" if is_four_bit else _arithmetic(plan),
+        "the model as it was trained" + (", its base in 4 bit" if is_four_bit else ""),
+        observe,
+    )
+
+
+def measure_unquantised(
+    tuned: TunedRun, plan: Plan, prompts: Prompts, folder: Path, observe: Callable[[object], None]
+) -> Reference:
+    """The answers of the same adapter on the base weights as their checkpoint holds them.
+
+    Args:
+        tuned: With the base model that is exported.
+        plan: For these weights.
+        prompts: What to ask.
+        folder: For the prepared weights; the caller deletes it.
+        observe: Told about the preparation.
+
+    Raises:
+        EightgigError: The model cannot be loaded.
+    """
+    model = replace(tuned.config.model, quantization="none", cache_dir=str(folder))
+    plain = replace(tuned, config=replace(tuned.config, model=model))
+    return _ask(
+        plain, plan, prompts, _arithmetic(plan), "the adapter on unquantised weights", observe
+    )
+
+
+def measure_merged(
+    exported: TunedRun, plan: Plan, prompts: Prompts, merged: Path, folder: Path
+) -> Reference:
+    """The answers of merged weights, read by eightgig's own engine.
+
+    Args:
+        exported: The run with the base model that was exported.
+        plan: For unquantised weights.
+        prompts: What to ask.
+        merged: Folder of the merged model.
+        folder: For the prepared weights; the caller deletes it.
+
+    Raises:
+        EightgigError: The model cannot be loaded.
+    """
+    config = replace(exported.config.model, quantization="none", cache_dir=str(folder))
+    spec = read_model_spec(merged)
+    plan = with_room(plan, exported, max(map(len, prompts.ids)), NUM_ANSWER_TOKENS)
+    store = open_store(spec, merged, config, device=plan.device)
+    engine = assemble(spec, store, plan, None)
+    try:
+        rows = rows_at_a_time(exported, plan, prompts)
+        answers = ask_engine(engine, prompts, rows)
+    finally:
+        engine.close()
+    return Reference(
+        answers=tuple(answers),
+        precision=_arithmetic(plan),
+        loss=None,
+        words="the merged weights through eightgig's engine",
+    )
+
+
+def ask_engine(engine: Engine, prompts: Prompts, rows: int) -> list[Answer]:
+    """Greedy answers of an engine, `rows` prompts at a time."""
+    answers: list[Answer] = []
+    for start in range(0, len(prompts.ids), rows):
+        asked = prompts.ids[start : start + rows]
+        answers += _ask_together(engine, asked, prompts.end_ids)
+    return answers
+
+
+def rows_at_a_time(tuned: TunedRun, plan: Plan, prompts: Prompts) -> int:
+    """Prompts that may be answered together within the plan's memory."""
+    each = row_bytes(
+        tuned.base.spec.decoder,
+        max(map(len, prompts.ids)),
+        NUM_ANSWER_TOKENS,
+        _ITEM_BYTES[plan.compute_dtype],
+    )
+    return max(1, min(len(prompts.ids), answer_bytes(plan) // each))
+
+
+def _ask(
+    tuned: TunedRun,
+    plan: Plan,
+    prompts: Prompts,
+    precision: Precision,
+    words: str,
+    observe: Callable[[object], None],
+) -> Reference:
+    plan = with_room(plan, tuned, max(map(len, prompts.ids)), NUM_ANSWER_TOKENS)
+    engine = build_engine(tuned, plan, observe)
+    try:
+        rows = rows_at_a_time(tuned, plan, prompts)
+        answers = ask_engine(engine, prompts, rows)
+        loss = None
+        held_out = prompts.held_out
+        if held_out is not None and len(held_out.input_ids) <= _MOST_LOSS_TOKENS:
+            loss = measure_loss(engine.model, held_out, plan, tuned.config.data.packing).loss
+    finally:
+        engine.close()
+    return Reference(answers=tuple(answers), precision=precision, loss=loss, words=words)
+
+
+def _ask_together(
+    engine: Engine, asked: Sequence[tuple[int, ...]], end_ids: frozenset[int]
+) -> list[Answer]:
+    logits: list[list[NDArray[np.float32]]] = [[] for _ in asked]
+    is_running = [True] * len(asked)
+
+    def record(_: Sequence[Sequence[int]], values: Tensor) -> Tensor:
+        rows = values.float().cpu().numpy()
+        for number, row in enumerate(rows):
+            if is_running[number]:
+                logits[number].append(row)
+        return values
+
+    ids: list[list[int]] = [[] for _ in asked]
+    steps = generate(
+        engine.model,
+        engine.ops,
+        asked,
+        max_new_tokens=NUM_ANSWER_TOKENS,
+        stop_ids=end_ids,
+        allowed=record,
+    )
+    with torch.no_grad():
+        for tokens in steps:
+            for number, token in enumerate(tokens):
+                if token is not None:
+                    ids[number].append(token)
+                    is_running[number] = token not in end_ids
+    return [make_answer(*pair) for pair in zip(logits, ids, strict=True)]
+
+
+def _arithmetic(plan: Plan) -> Precision:
+    return "float32" if plan.compute_dtype == "float32" else "16 bit"
+
+
+def _row_prompts(planned: PlannedRows) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """Prompts from held-out rows, else from rows trained on, and where they are from."""
+    for rows, source in ((planned.held_out, "held-out rows"), (planned.rows, "training rows")):
+        short = [q for q in read_questions(rows) if len(q.prompt) <= _MOST_PROMPT_TOKENS]
+        if short:
+            picked = pick_questions(short, NUM_PROMPTS)
+            return tuple(question.prompt for question in picked), source
+    # Plain text has no questions: its first half is one.
+    return tuple(_beginnings(planned.held_out)), "beginnings of held-out rows"
+
+
+def _placeholder_ids(folder: Path) -> frozenset[int]:
+    """Tokens that stand for an image or a sound, by the model's config."""
+    config = read_config(folder)
+    named = (value for key, value in config.items() if _PLACEHOLDER.match(key))
+    return frozenset(value for value in named if isinstance(value, int))
+
+
+def _own_prompts(tuned: TunedRun) -> tuple[tuple[int, ...], ...]:
+    tokenizer = tuned.tokenizer
+    if tokenizer.chat_template is None:
+        return tuple(tuple(tokenizer(text)["input_ids"]) for text in _OWN_QUESTIONS)
+    return tuple(
+        tuple(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            )
+        )
+        for text in _OWN_QUESTIONS
+    )
+
+
+def _beginnings(rows: Dataset) -> list[tuple[int, ...]]:
+    count = min(NUM_PROMPTS, rows.num_rows)
+    places = [number * rows.num_rows // count for number in range(count)]
+    beginnings = []
+    for row in places:
+        ids = rows.input_ids[int(rows.offsets[row]) : int(rows.offsets[row + 1])].tolist()
+        beginnings.append(tuple(ids[: min(_MOST_PROMPT_TOKENS, max(1, len(ids) // 2))]))
+    return beginnings

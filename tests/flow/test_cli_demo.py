@@ -1,0 +1,80 @@
+"""`eightgig demo` and `eightgig eval`, the demo cut to a few steps: it need not learn much."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from eightgig.cli import demo
+from eightgig.cli.app import main
+from eightgig.cli.evaluation_view import show_evaluation
+from eightgig.config import Config, read_config
+from eightgig.evaluation.records import Evaluation
+from eightgig.run import from_json
+
+FULL_CONFIG = demo.demo_config
+
+
+def _short_config(output_dir: Path) -> Config:
+    config = FULL_CONFIG(output_dir)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, held_out=4),
+        train=dataclasses.replace(config.train, max_steps=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Standard output of a short demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "demo_config", _short_config)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        lines: list[str] = []
+        patch.setattr("builtins.print", lambda line: lines.append(line))
+        assert main(["demo", "--output-dir", str(folder / "runs"), "--json"]) == 0
+    return lines
+
+
+def test_the_demo_ends_with_one_line_of_scores(shown: list[str]) -> None:
+    result = json.loads(shown[-1])
+    assert set(result) == {"before", "after", "seconds", "run"}
+    for scores in (result["before"], result["after"]):
+        assert set(scores) == {"loss", "exact_match"}
+        assert 0 <= scores["exact_match"] <= 1
+    assert result["after"]["loss"] < result["before"]["loss"]
+    assert [json.loads(line)["step"] for line in shown[:-1]] == [1, 2]
+
+
+def test_the_run_of_the_demo_can_be_read_and_evaluated_again(
+    shown: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = json.loads(shown[-1])
+    run = Path(result["run"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run.parents[1] / "cache"))
+    assert read_config(run / "config.yaml").run.name == "demo"
+    assert main(["eval", str(run), "--max-answers", "2", "--json"]) == 0
+    evaluation = json.loads(capsys.readouterr().out)
+    assert evaluation["loss"]["first"]["value"] == pytest.approx(result["before"]["loss"])
+    assert evaluation["num_answers"] == 2
+    show_evaluation(from_json(Evaluation, evaluation), as_json=False)
+    text = capsys.readouterr().out
+    assert "exact match" in text
+    assert "  wanted  " in text
+    assert text.splitlines()[-1].startswith("The tuned model: ")
+
+
+def test_a_folder_that_is_no_run_cannot_be_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(tmp_path)]) == 2
+    assert [line[:4] for line in capsys.readouterr().err.splitlines()] == ["erro", "why:", "fix:"]
+
+
+def test_a_second_demo_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    assert FULL_CONFIG(tmp_path).run.name == "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo-2").mkdir()
+    assert FULL_CONFIG(tmp_path).run.name == "demo-3"

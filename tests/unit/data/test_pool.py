@@ -1,0 +1,126 @@
+"""Rows rendered in other processes are the same rows; processes that fail are noticed."""
+
+import io
+
+import numpy as np
+import pytest
+
+from eightgig.config import DataConfig
+from eightgig.data import pool as pools
+from eightgig.data.chunks import (
+    ARRAYS,
+    Chunk,
+    ChunkRenderer,
+    Job,
+    read_chunk,
+    read_message,
+    read_tokens,
+    write_chunk,
+    write_message,
+    write_tokens,
+)
+from eightgig.data.formats import RowShape
+from eightgig.data.pool import WorkerPool
+from eightgig.data.prepare import Preparation, tokenise
+from eightgig.data.raw import RawRow
+from eightgig.data.tokenizer import render_settings
+from eightgig.errors import DataError
+from tests.chats import make_chat_tokenizer
+from tests.unit.data.rows import chat_row, write_lines
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return render_settings(make_chat_tokenizer("llama3"))
+
+
+def make_chunk(*data: bytes) -> Chunk:
+    rows = tuple(RawRow(line=n, data=row) for n, row in enumerate(data, start=1))
+    shape = RowShape(format="messages", columns={"messages": "turns"}, group_column="case")
+    return Chunk(file="a.jsonl", shape=shape, rows=rows)
+
+
+def test_messages_travel_whole():
+    stream = io.BytesIO()
+    write_message(stream, {"a": "ü"}, [b"", b"xyz", memoryview(np.arange(3, dtype=np.int32))])
+    write_message(stream, {}, [])
+    stream.seek(0)
+    header, parts = read_message(stream)
+    assert header == {"a": "ü"}
+    assert parts == [b"", b"xyz", np.arange(3, dtype=np.int32).tobytes()]
+    assert read_message(stream) == ({}, [])
+    assert read_message(stream) is None
+
+
+def test_chunks_travel_whole():
+    stream = io.BytesIO()
+    chunk = make_chunk(b'{"a": 1}', b"\xff\x00", b"")
+    write_chunk(stream, chunk)
+    stream.seek(0)
+    assert read_chunk(stream) == chunk
+    assert read_chunk(stream) is None
+
+
+@pytest.mark.parametrize("is_deep", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_travel_whole(settings, is_deep, rows):
+    renderer = ChunkRenderer(Job(settings=settings, train_on="assistant", is_deep=is_deep))
+    turns = b'{"turns": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "%d"}]'
+    chunk = make_chunk(*(turns % n + b', "case": 1}' for n in range(rows)))
+    tokens = renderer.tokenise(chunk)
+    stream = io.BytesIO()
+    write_tokens(stream, tokens)
+    stream.seek(0)
+    back = read_tokens(stream)
+    for name, dtype in ARRAYS.items():
+        assert getattr(back, name).dtype == dtype
+        assert np.array_equal(getattr(back, name), getattr(tokens, name))
+    assert back.findings == tokens.findings
+    assert back.answers == tokens.answers
+
+
+def test_processes_give_the_same_tokens_in_the_same_order(tmp_path, settings):
+    rows = [chat_row(n, turns=1 + n % 3) for n in range(1, 300)]
+    rows[40] = {"messages": []}
+    path = str(write_lines(tmp_path / "rows.jsonl", rows))
+    config = DataConfig(path=path)
+    one, other = (
+        tokenise(config, path, settings, Preparation(workers=workers, is_deep=True))
+        for workers in (0, 2)
+    )
+    assert one.fingerprint == other.fingerprint
+    assert one.findings == other.findings
+    assert np.array_equal(one.content_keys, other.content_keys)
+    assert np.array_equal(one.texts.signatures, other.texts.signatures)
+    assert one.texts.languages == other.texts.languages
+
+
+def test_a_process_that_was_ended_is_an_error(settings, monkeypatch):
+    job = Job(settings=settings, train_on="assistant")
+    with WorkerPool(job, 1) as pool:
+        pool._workers[0].stop()
+        with pytest.raises(DataError) as caught:
+            list(pool.map([make_chunk(b"{}", b"{}")]))
+    assert caught.value.findings[0].code == "data.rendering_limit"
+    assert "lines 1 to 2" in caught.value.message
+
+
+def test_a_process_that_hangs_is_an_error(settings, monkeypatch):
+    monkeypatch.setattr(pools, "CHUNK_SECONDS", 0.0)
+    job = Job(settings=settings, train_on="assistant")
+    with WorkerPool(job, 1) as pool, pytest.raises(DataError, match="did not end"):
+        list(pool.map([make_chunk(b"{}")]))
+
+
+def test_a_bug_in_a_process_is_shown_as_one(settings):
+    broken = Job(settings=settings, train_on="nobody")
+    with WorkerPool(broken, 1) as pool, pytest.raises(RuntimeError, match="Traceback"):
+        list(pool.map([make_chunk(b"{}")]))
+
+
+def test_leaving_early_ends_the_processes(settings):
+    job = Job(settings=settings, train_on="assistant")
+    with WorkerPool(job, 2) as pool:
+        processes = [worker._process for worker in pool._workers]
+        next(pool.map(make_chunk(b"{}") for _ in range(50)))
+    assert all(process.returncode is not None for process in processes)

@@ -42,7 +42,7 @@ def finetune(
     from eightgig.engine.assemble import assemble
     from eightgig.hardware.calibrate import with_measured_rates
     from eightgig.hardware.probe import probe
-    from eightgig.memory.fit import fit_rows, refuse_misfit
+    from eightgig.memory.fit import bind_layout, fit_rows, refuse_misfit
     from eightgig.models.find import find_base_model
     from eightgig.quant.fetch import checkpoint_of
     from eightgig.quant.store import is_prepared, open_store, store_folder
@@ -51,14 +51,18 @@ def finetune(
     from eightgig.training.loop import Job, train
     from eightgig.training.resume import begin
 
-    check_run(config, resume=resume)
+    planned_before = check_run(config, resume=resume).plan_path
     stores = store_folder(config.model)
     found = find_base_model(config.model, store_folder=stores, show=observe)
     tokenizer = load_tokenizer(found.folder, config.data.chat_template)
     rows, held_out, findings = load_dataset(config.data, tokenizer, seed=config.train.seed)
     hardware = with_measured_rates(probe(config.memory.device, stores))
     plan, rows, held_out, cuts = fit_rows(
-        found.spec, hardware, config, rows, held_out, is_prepared=is_prepared(found, config.model)
+        found.spec,
+        hardware,
+        bind_layout(config, planned_before),
+        (rows, held_out),
+        is_prepared=is_prepared(found, config.model),
     )
     for item in (*findings, *cuts, plan):
         observe(item)

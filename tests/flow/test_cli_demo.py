@@ -1,4 +1,4 @@
-"""`eightgig demo` and `eightgig eval`, the demo cut to a few steps: it need not learn much."""
+"""`demo`, and `eval`, `chat`, `export` on its run; it is cut to a few steps and learns little."""
 
 import dataclasses
 import json
@@ -78,3 +78,46 @@ def test_a_second_demo_gets_a_name_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo-2").mkdir()
     assert FULL_CONFIG(tmp_path).run.name == "demo-3"
+
+
+def test_one_question_can_be_asked(
+    shown: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(json.loads(shown[-1])["run"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run.parents[1] / "cache"))
+    assert main(["chat", str(run), "--prompt", "Hello", "--max-tokens", "8", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["model"], answer["question"]) == ("tuned", "Hello")
+    assert answer["answer"]
+
+
+def test_a_conversation_ends_with_its_input(
+    shown: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(json.loads(shown[-1])["run"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run.parents[1] / "cache"))
+    lines = iter(["Hello", "/base", ""])
+    prompts: list[str] = []
+
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", str(run), "--max-tokens", "8"]) == 0
+    assert prompts == ["tuned> ", "tuned> ", "base> ", "base> "]
+    assert "The base model answers." in capsys.readouterr().err
+
+
+def test_the_adapter_can_be_exported(
+    shown: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = json.loads(shown[-1])["run"]
+    output = tmp_path / "adapter"
+    assert main(["export", run, "--to", "adapter", "--output", str(output)]) == 0
+    assert (output / "adapter_model.safetensors").is_file()
+    assert f"Exported: {output}" in capsys.readouterr().out
+    assert main(["export", run, "--to", "elsewhere"]) == 2

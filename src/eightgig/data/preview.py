@@ -74,8 +74,9 @@ def _token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list
         whole = text if not text.endswith("\ufffd") else shown
         texts.append(whole[len(shown) :])
         shown = whole
-        if end - start >= _CLEAN_TOKENS and whole == text:
-            # Blanks at the start of a text may be dropped: one token stays as what goes before.
-            start = end - 1
-            shown = decode(list(ids[start:end]))
+        # Blanks at the start of a text may be dropped: one token, itself whole characters, stays as
+        # what goes before.
+        anchor = decode([ids[end - 1]]) if end - start >= _CLEAN_TOKENS else "\ufffd"
+        if whole == text and "\ufffd" not in anchor:
+            start, shown = end - 1, anchor
     return texts

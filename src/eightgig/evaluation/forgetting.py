@@ -57,12 +57,14 @@ def general_rows(
     for number, paragraph in enumerate(paragraphs):
         text = RenderedText(paragraph, control.typed_in(paragraph))
         for piece in _pieces(control.encode(text).ids, max(1, max_length - len(start))):
-            rows.append([*start, *piece])
-            sources.append(number)
+            row = [*start, *piece]
+            if len(row) > 1:  # nothing predicts the first token
+                rows.append(row)
+                sources.append(number)
     ids = np.array([token for row in rows for token in row], np.int32)
     offsets = np.cumsum([0, *map(len, rows)]).astype(np.int64)
     labels = ids.copy()
-    labels[offsets[:-1]] = IGNORE_INDEX  # nothing predicts the first token
+    labels[offsets[:-1]] = IGNORE_INDEX
     return Dataset(
         input_ids=ids,
         labels=labels,
@@ -107,13 +109,11 @@ def warn_of_forgetting(forgetting: Forgetting) -> Finding | None:
 
 
 def _pieces(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """`ids` in pieces of about the same length; a piece of one token predicts nothing."""
+    """`ids` in pieces of about the same length."""
     count = max(1, -(-len(ids) // size))
-    size = -(-len(ids) // count)
+    size = max(1, -(-len(ids) // count))
     for start in range(0, len(ids), size):
-        piece = ids[start : start + size]
-        if len(piece) > 1:
-            yield piece
+        yield ids[start : start + size]
 
 
 def _unusable(path: Path, reason: str) -> DataError:

@@ -167,8 +167,7 @@ def plan_rows(
         tuned.base.spec,
         hardware,
         config,
-        rows,
-        held_out,
+        (rows, held_out),
         is_prepared=is_prepared(tuned.base, config.model),
     )
     observe(plan)

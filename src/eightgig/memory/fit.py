@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,8 @@ from eightgig.memory.plan import Plan, make_plan
 from eightgig.memory.workload import RowLengths, measure_rows
 from eightgig.models.spec import ModelSpec
 from eightgig.units import format_bytes
+
+_CUTS = ("micro_batch_tokens", "micro_batches_per_visit", "mlp_tile_tokens")
 
 
 class Fitted(NamedTuple):
@@ -31,24 +35,23 @@ def fit_rows(
     spec: ModelSpec,
     hardware: Hardware,
     config: Config,
-    rows: Dataset,
-    held_out: Dataset | None,
+    data: tuple[Dataset, Dataset | None],
     *,
     is_prepared: bool,
 ) -> Fitted:
-    """Plan for `rows`; longer ones than the plan takes go the way of `data.too_long`.
+    """Plan for the rows; longer ones than the plan takes go the way of `data.too_long`.
 
     Args:
         spec: The model.
         hardware: The machine.
         config: The settings.
-        rows: Training rows.
-        held_out: Held-out rows.
+        data: Training and held-out rows.
         is_prepared: Whether the prepared weights are on the disk already.
 
     Raises:
         DataError: Rows are too long, and `data.too_long` is `refuse`.
     """
+    rows, held_out = data
     measured = row_lengths(config, rows, held_out)
     plan = make_plan(spec, hardware, config, rows=measured, is_prepared=is_prepared)
     if not plan.fits or measured.longest_tokens <= plan.max_length:
@@ -58,6 +61,20 @@ def fit_rows(
     if held_out is not None:
         held_out = limit_length(held_out, plan.max_length, config.data.too_long, findings)
     return Fitted(plan, rows, held_out, tuple(findings))
+
+
+def bind_layout(config: Config, plan_path: Path) -> Config:
+    """`config` with the micro-batches of an earlier plan of the same run, if there is one.
+
+    How a step is cut decides the order of sums: a run that goes on keeps it, also where the
+    machine is measured anew.
+    """
+    try:
+        plan = json.loads(plan_path.read_text(encoding="utf-8"))
+        earlier = {name: int(plan[name]) for name in _CUTS}
+    except (OSError, ValueError, KeyError, TypeError):
+        return config
+    return replace(config, memory=replace(config.memory, **earlier))
 
 
 def refuse_misfit(plan: Plan) -> None:

@@ -116,7 +116,7 @@ def _forward(
         keys = begin + tl.arange(0, BLOCK_N)
         k_tile = _tile(k, k_stride, start + begin, end, kv_column, BLOCK_N, D, TMA)
         v_tile = _tile(v, v_stride, start + begin, end, kv_column, BLOCK_N, D, TMA)
-        if (begin >= 0) if APART else True:  # always; see the module's first lines
+        if (begin >= 0) if APART else True:  # always true: see the module's first lines
             scores = tl.dot(q_tile, tl.trans(k_tile)) * (scale * _LOG2E)
             sees = _sees(queries[:, None], keys[None, :], window)
             scores = tl.where(sees, scores, float("-inf"))
@@ -449,7 +449,8 @@ def attention(
         _matrix(v, tile.keys, tiles),
         out, lse, cu_seqlens,
         q.stride(0), k.stride(0), v.stride(0), out.stride(0), tokens, rows.window, scale,
-        heads // k.shape[1], head_dim, tile.queries, tile.keys, tiles.uses_tma, tile.stages, tile.apart,
+        heads // k.shape[1], head_dim, tile.queries, tile.keys, tiles.uses_tma,
+        tile.stages, tile.apart,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse
@@ -560,15 +561,18 @@ def backward_scratch_bytes(
 
 
 def _splits(tokens: int, kv_heads: int, group: int, tiles: AttentionTiles) -> int:
-    """Programs that share the query heads of one kv head, so that two fill each processor."""
+    """Programs that share the query heads of one kv head, so that every processor has work.
+
+    Each split has its own float32 sums: no more than are needed.
+    """
     programs = -(-tokens // tiles.grad_k.keys) * kv_heads
     splits = 1
-    while programs * splits < 2 * tiles.processors and group % (2 * splits) == 0:
+    while programs * splits < tiles.processors and group % (2 * splits) == 0:
         splits *= 2
     return splits
 
 
-class _Rows(TensorDescriptor):  # type: ignore[misc] - Triton is not typed
+class _Rows(TensorDescriptor):  # type: ignore[misc]  # Triton is not typed
     """A descriptor without the checks of its parts, which cost more than the rest of a launch."""
 
     def __post_init__(self) -> None:

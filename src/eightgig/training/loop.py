@@ -20,7 +20,7 @@ from eightgig.evaluation.loss import HeldOutLoss, measure_loss
 from eightgig.memory.plan import Plan
 from eightgig.models.spec import ModelSpec
 from eightgig.run import Event, EventKind, Run
-from eightgig.training.checkpoint import Checkpoint
+from eightgig.training.checkpoint import Checkpoint, read_checkpoint
 from eightgig.training.guards import (
     HeldOut,
     Judgement,
@@ -32,6 +32,7 @@ from eightgig.training.guards import (
 )
 from eightgig.training.monitor import Monitor
 from eightgig.training.resume import Start
+from eightgig.training.rotation import step_name
 from eightgig.training.save import SaveFailure, save_checkpoint
 from eightgig.training.schedule import learning_rate, warmup_steps
 from eightgig.training.signals import StopRequest, catch_stop_signals
@@ -92,8 +93,7 @@ def train(job: Job, observe: Observe) -> Iterator[StepReport]:
         catch_stop_signals() as stop,
     ):
         session = _Session(job, observe, monitor)
-        if job.start.state.step == 0:
-            session.evaluate(0)
+        session.begin()
         for step in session.remaining_steps():
             report = session.take(step)
             yield report
@@ -122,8 +122,17 @@ class _Session:
         self._evaluated_step = -1
         self._has_ended_early = False
 
+    def begin(self) -> None:
+        """Measure the untouched model, or say where the run goes on."""
+        if self._state.step == 0:
+            self.evaluate(0)
+        else:
+            self._say(self._state.step, "resume", {"rows_seen": self._state.rows_seen})
+
     def remaining_steps(self) -> range:
         """The steps still to do, 1-based."""
+        if self._state.is_finished:
+            return range(0)
         return range(self._state.step + 1, self._schedule.total_steps + 1)
 
     def take(self, step: int) -> StepReport:
@@ -239,17 +248,30 @@ class _Session:
         """Save the end of the run, or say why it stopped before."""
         self._job.start.optimizer.finish()
         if self._stopping is not None:
+            if self._saved_step != self._state.step:
+                self._save(self._state.step)
             raise self._stopping.alarms[0].error
-        is_complete = self._state.step == self._schedule.total_steps or self._has_ended_early
-        if not is_complete:
+        if self._state.is_finished:
+            self._take_best()
+            return
+        if self._state.step < self._schedule.total_steps and not self._has_ended_early:
             self._say(self._state.step, "stop", {"signal": stop.signal_name})
             raise KeyboardInterrupt
-        if self._state.is_finished:
-            return
         self._state = replace(self._state, is_finished=True)
         failure = self._save(self._state.step)
         if failure is not None:
             raise failure.error
+        self._take_best()
+
+    def _take_best(self) -> None:
+        """With early stopping, deliver the adapter of the best evaluation."""
+        job, best_step = self._job, self._state.best_step
+        if not job.config.train.early_stopping_patience or best_step == self._state.step:
+            return
+        path = job.run.checkpoints_path / step_name(best_step)
+        assert job.engine.adapter is not None
+        job.engine.adapter.load(read_checkpoint(path).adapter)
+        self._say(self._state.step, "stop", {"delivered_step": best_step})
 
     def _prepared(self, step: int) -> PreparedStep:
         if self._next is not None and self._next.step == step:
@@ -283,6 +305,8 @@ class _Session:
             self._say(step, "save", {"failed": result.message})
             return result
         self._saved_step = step
+        if result.rotation_problem:
+            self._say(step, "save", {"not_deleted": result.rotation_problem})
         values = {"path": result.path.name, "seconds": result.seconds}
         self._say(step, "save", {**values, "size_bytes": result.size_bytes})
         return None

@@ -14,7 +14,7 @@ from eightgig.engine.assemble import Engine
 from eightgig.errors import ModelError, RunError
 from eightgig.models.spec import ModelSpec
 from eightgig.quant.store import Store
-from eightgig.run import Event, Run
+from eightgig.run import Run
 from eightgig.training.checkpoint import TrainingState, find_checkpoint, read_checkpoint
 from eightgig.training.guards import forget_speed
 from eightgig.training.identity import RunIdentity, explain_differences, identify_run
@@ -127,6 +127,4 @@ def resume_run(
     adapter.load(checkpoint.adapter)
     if checkpoint.optimizer:
         optimizer.load_state_tensors(checkpoint.optimizer)
-    state = replace(checkpoint.state, guards=forget_speed(checkpoint.state.guards))
-    observe(Event(step=state.step, kind="resume", values={"checkpoint": found.path.name}))
-    return state
+    return replace(checkpoint.state, guards=forget_speed(checkpoint.state.guards))

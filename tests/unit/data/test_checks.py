@@ -1,5 +1,6 @@
 """What only all rows together show, what texts hold, and how rows are shown to people."""
 
+import re
 import time
 
 import numpy as np
@@ -224,7 +225,7 @@ def test_languages_are_guessed(text, language):
 
 @pytest.mark.parametrize(
     "text",
-    ["4539 1488 0343 6467", "4539148803436467", "5500-0055-5555-5559", "jo@acme.co",
+    ["4539 1488 0343 6467", "4539148803436467", "5425-2334-3010-9903", "jo@acme.co",
      "DE89370400440532013000", "GB82 WEST 1234 5698 7654 32"],
 )  # fmt: skip
 def test_personal_data_is_seen(text):
@@ -255,7 +256,7 @@ def test_code_and_markup_are_no_placeholders(text):
     assert patterns.find_placeholder(text) is None
 
 
-PATTERNS = [value for value in vars(patterns).values() if hasattr(value, "search")]
+PATTERNS = [value for value in vars(patterns).values() if isinstance(value, re.Pattern)]
 
 
 @pytest.mark.parametrize("piece", ["a", "A" * 3 + "@", "1 ", "{{", "eyJ", "-", "sk-", "a:b@", "Ã"])

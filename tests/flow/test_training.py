@@ -1,0 +1,200 @@
+"""From a config and data to an adapter, through the library, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from eightgig.adapters.files import read_adapter
+from eightgig.config import Config, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from eightgig.errors import ModelError, RunError
+from eightgig.finetune import finetune
+from eightgig.models.checkpoint import read_model_spec
+from eightgig.training import loop
+from tests import engines, tiny
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model("gemma4_e2b", tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _random_weights_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model starts above ln(V), which a guard rightly stops."""
+    monkeypatch.setattr("eightgig.training.guards.judge_first_loss", lambda *_: None)
+
+
+def _config(folder: Path, tmp_path: Path, **run: Any) -> Config:
+    tmp_path.mkdir(exist_ok=True)
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"add {a} and {b}"},
+                {"role": "assistant", "content": str(a + b)},
+            ]
+        }
+        for a in range(5)
+        for b in range(5)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return Config(
+        model=ModelConfig(name=str(folder), cache_dir=str(tmp_path / "stores")),
+        data=DataConfig(path=str(data), held_out=5.0),
+        lora=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1),
+        train=TrainConfig(max_steps=STEPS, gradient_accumulation_steps=4, learning_rate=5e-3),
+        run=RunConfig(name="run", output_dir=str(tmp_path / "runs"), **run),
+    )
+
+
+def _finish(reports: Iterator[Any]) -> list[Any]:
+    return list(reports)
+
+
+def test_a_run_folder_holds_what_the_design_says(folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, tmp_path, save_steps=2, save_epochs=False)
+    seen: list[object] = []
+    reports = _finish(finetune(config, observe=seen.append))
+    run = tmp_path / "runs" / "run"
+    assert [report.step for report in reports] == list(range(1, STEPS + 1))
+    assert reports[-1].loss < reports[0].loss
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert list(metrics[0]) == [
+        "step", "epoch", "loss", "grad_norm", "learning_rate", "loss_tokens", "tokens",
+        "tokens_per_second", "vram_peak_bytes", "seconds",
+    ]  # fmt: skip
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["fits"] is True
+    assert plan["peak_bytes"] == sum(plan["breakdown"].values())
+    for name in ("config.yaml", "environment.json", "log.txt", "events.jsonl"):
+        assert (run / name).stat().st_size >= 0
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-000002",
+        "step-000004",
+        "step-000006",
+    ]
+    kinds = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert kinds.count("save") == 3
+    assert "eval" in kinds
+
+
+def test_the_adapter_loads_in_peft_with_our_logits(folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, tmp_path)
+    config = replace(config, model=replace(config.model, quantization="none"))
+    _finish(finetune(config))
+    adapter = tmp_path / "runs" / "run" / "adapter"
+    names = {path.name for path in adapter.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= names
+    assert {"tokenizer.json", "chat_template.jinja"} <= names
+    theirs = PeftModel.from_pretrained(tiny.load_reference("gemma4_e2b", folder), adapter)
+    engine = engines.make_engine(
+        folder, tmp_path / "stores", lora=replace(config.lora, lora_dropout=0.0)
+    )
+    engine.adapter.load(read_adapter(adapter, read_model_spec(folder)).tensors)
+    engine.model.ring.invalidate_changing()
+    rows = engines.random_rows(engine.spec, [19, 30])
+    ours, expected = engines.engine_logits(engine, rows), engines.oracle_logits(theirs, rows)
+    assert float((ours - expected).norm() / expected.norm()) <= 1e-4
+
+
+def test_resuming_equals_not_stopping_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    whole = _config(folder, tmp_path / "whole", save_steps=2)
+    _finish(finetune(whole))
+    parts = _config(folder, tmp_path / "parts", save_steps=2)
+    stopped = finetune(parts)
+    for report in stopped:
+        if report.step == 5:
+            break
+    stopped.close()
+    reports = _finish(finetune(parts, resume=True))
+    assert [report.step for report in reports] == [5, 6]
+    expected = load_file(tmp_path / "whole/runs/run/adapter/adapter_model.safetensors")
+    found = load_file(tmp_path / "parts/runs/run/adapter/adapter_model.safetensors")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    lines = (tmp_path / "parts/runs/run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def test_a_finished_run_that_is_resumed_does_no_step(folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, tmp_path)
+    _finish(finetune(config))
+    path = tmp_path / "runs/run/adapter/adapter_model.safetensors"
+    before = path.read_bytes()
+    assert _finish(finetune(config, resume=True)) == []
+    assert path.read_bytes() == before
+
+
+def test_an_existing_run_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, tmp_path)
+    _finish(finetune(config))
+    with pytest.raises(RunError, match="exists already"):
+        _finish(finetune(config))
+
+
+def test_a_changed_setting_is_refused_on_resume(folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, tmp_path, save_steps=2)
+    _finish(finetune(config))
+    changed = replace(config, train=replace(config.train, learning_rate=1e-3))
+    with pytest.raises(RunError, match=r"train\.learning_rate"):
+        _finish(finetune(changed, resume=True))
+
+
+def test_a_missing_model_leaves_no_run_folder(folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, tmp_path)
+    config = replace(config, model=replace(config.model, name=str(tmp_path / "nothing")))
+    with pytest.raises(ModelError):
+        _finish(finetune(config))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_step_that_is_not_finite_leaves_the_adapter_as_it_was(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(folder, tmp_path)
+    real_step = loop.run_step
+
+    def broken_at_3(engine: Any, prepared: Any) -> tuple[float, float]:
+        loss, norm = real_step(engine, prepared)
+        return (float("nan"), norm) if prepared.step == 3 else (loss, norm)
+
+    monkeypatch.setattr(loop, "run_step", broken_at_3)
+    seen: list[Any] = []
+    reports = _finish(finetune(config, observe=seen.append))
+    assert len(reports) == STEPS
+    codes = [item.code for item in seen if hasattr(item, "code")]
+    assert codes == ["guard.non_finite"]
+    adapter = load_file(tmp_path / "runs/run/adapter/adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in adapter.values())
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_optimizers_train_and_resume(folder: Path, tmp_path: Path, optim: str) -> None:
+    results = []
+    for name in ("whole", "parts"):
+        config = _config(folder, tmp_path / name, save_steps=2)
+        config = replace(config, train=replace(config.train, optim=optim))
+        reports = finetune(config)
+        if name == "parts":
+            for report in reports:
+                if report.step == 3:
+                    break
+            reports.close()
+            reports = finetune(config, resume=True)
+        _finish(reports)
+        results.append(load_file(tmp_path / name / "runs/run/adapter/adapter_model.safetensors"))
+    whole, parts = results
+    for tensor_name, tensor in whole.items():
+        assert torch.equal(parts[tensor_name], tensor), tensor_name

@@ -39,7 +39,7 @@ def finetune(
 
     from eightgig.data.load import load_dataset
     from eightgig.data.tokenizer import load_tokenizer
-    from eightgig.engine.assemble import assemble
+    from eightgig.engine.assemble import assemble, describe_trainable
     from eightgig.hardware.calibrate import with_measured_rates
     from eightgig.hardware.probe import probe
     from eightgig.memory.fit import bind_layout, fit_rows, refuse_misfit
@@ -80,6 +80,8 @@ def finetune(
             progress=observe,
         )
         engine = assemble(found.spec, store, plan, config.lora, seed=config.train.seed)
+        for item in (*engine.choices, describe_trainable(engine, found.spec.decoder)):
+            observe(item)
         start = begin(run, config, engine, (found.spec, store), rows, observe)
         job = Job(run, config, found.spec, plan, rows, held_out, engine, start)
         yield from train(job, observe)

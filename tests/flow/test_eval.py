@@ -150,8 +150,7 @@ def test_the_null_adapter_shows_what_the_form_of_answers_is_worth(
 
 
 def test_rows_without_prompts_have_loss_alone(tmp_path: Path) -> None:
-    words = "the sky and the grass and the stone on the other side of it".split()
-    rows = [{"text": " ".join(words[n % 7 :] + [str(n)])} for n in range(30)]
+    rows = [{"text": f"{'the sky and ' * (n % 7)}the other side of {n}"} for n in range(30)]
     run = tiny_run.make_run(tmp_path, rows=rows, settings=["train.max_steps=2"])
     evaluation = evaluate_run(run, EvaluationOptions(has_general_text=False))
     assert evaluation.answers == ()

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from eightgig.adapters.lora import Adapter, adapter_groups, lora_scale
+from eightgig.adapters.lora import Adapter, adapter_groups, count_trainable, lora_scale
 from eightgig.config import Choice, LoraConfig
 from eightgig.engine.gradients import Gradients
 from eightgig.engine.model import Model, device_of
 from eightgig.memory.plan import Plan
-from eightgig.models.spec import ModelSpec
+from eightgig.models.count import count_parameters
+from eightgig.models.spec import DecoderSpec, ModelSpec
 from eightgig.ops.choose import Ops, choose_ops
 from eightgig.quant.store import Store
 
@@ -74,6 +75,14 @@ def assemble(
         gradients = Gradients(adapter.layers, device=device, place=place)
     model = Model(spec.decoder, store, plan, ops, adapter)
     return Engine(model=model, adapter=adapter, gradients=gradients, ops=ops, choices=choices)
+
+
+def describe_trainable(engine: Engine, decoder: DecoderSpec) -> str:
+    """The usual line: parameters trained, all parameters of the decoder, share."""
+    trainable = count_trainable(engine.adapter.layers) if engine.adapter is not None else 0
+    total = count_parameters(decoder) + trainable
+    share = 100 * trainable / total
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
 
 
 def _cap_allocator(device: torch.device, budget_bytes: int) -> None:

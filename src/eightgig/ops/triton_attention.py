@@ -449,8 +449,10 @@ def attention(
         _matrix(v, tile.keys, tiles),
         out, lse, cu_seqlens,
         q.stride(0), k.stride(0), v.stride(0), out.stride(0), tokens, rows.window, scale,
-        heads // k.shape[1], head_dim, tile.queries, tile.keys, tiles.uses_tma,
-        tile.stages, tile.apart,
+        constants=(
+            heads // k.shape[1], head_dim, tile.queries, tile.keys, tiles.uses_tma, tile.stages,
+            tile.apart,
+        ),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse
@@ -502,8 +504,10 @@ def gradient_of_q(
         lse, delta, grad_q, rows.cu_seqlens,
         grad_out.stride(0), q.stride(0), k.stride(0), v.stride(0), out.stride(0),
         tokens, rows.window, scale,
-        heads, heads // k.shape[1], head_dim, tile.queries, tile.keys, tiles.uses_tma,
-        tile.stages, tile.apart, tile.lazy,
+        constants=(
+            heads, heads // k.shape[1], head_dim, tile.queries, tile.keys, tiles.uses_tma,
+            tile.stages, tile.apart, tile.lazy,
+        ),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return grad_q, delta
@@ -541,13 +545,16 @@ def gradient_of_kv(
             lse, delta, parts[0], parts[1], rows.cu_seqlens,
             grad_out.stride(0), q.stride(0), k.stride(0), v.stride(0),
             tokens, rows.window, scale, splits,
-            kv_heads, group, head_dim, tile.queries, tile.keys, tiles.uses_tma,
-            tile.stages, tile.apart, tile.lazy, wants_k, wants_v,
+            constants=(
+                kv_heads, group, head_dim, tile.queries, tile.keys, tiles.uses_tma,
+                tile.stages, tile.apart, tile.lazy, wants_k, wants_v,
+            ),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if splits > 1:
         size = k.numel()
-        _sum_splits.launch((-(-size // 1024), 2, 1), parts, grads, size, splits, 1024)
+        grid = (-(-size // 1024), 2, 1)
+        _sum_splits.launch(grid, parts, grads, size, splits, constants=(1024,))
     return grads[0], grads[1]
 
 

@@ -67,6 +67,6 @@ def dequantize(
     _dequantize.launch(
         (-(-groups // _GROUPS), 1, 1),
         codes, absmax, nested_absmax, mean, code, nested_code, out, groups, out.stride(0),
-        columns // 8, block_size, nested_block_size, _GROUPS, enable_fp_fusion=False,
+        constants=(columns // 8, block_size, nested_block_size, _GROUPS), enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -60,7 +60,8 @@ def dropout(
     _dropout.launch(
         (tokens, -(-D // _BLOCK), 1),
         hidden, row_keys, out, hidden.stride(0), out.stride(0),
-        _as_int32(module_key), _as_int32(int(p * 2**32)), 1 / (1 - p), D, _BLOCK,
+        _as_int32(module_key), _as_int32(int(p * 2**32)), 1 / (1 - p),
+        constants=(D, _BLOCK),
     )  # fmt: skip
     return out
 

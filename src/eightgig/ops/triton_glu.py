@@ -97,7 +97,7 @@ def glu(gate: Tensor, up: Tensor, activation: Activation, *, out: Tensor | None 
     _glu.launch(
         (tokens, -(-F // _BLOCK), 1),
         gate, up, out, gate.stride(0), up.stride(0), out.stride(0),
-        F, activation == "silu", _BLOCK,
+        constants=(F, activation == "silu", _BLOCK),
     )  # fmt: skip
     return out
 
@@ -121,6 +121,6 @@ def glu_backward(
         (tokens, -(-F // _BLOCK), 1),
         gate, up, grad, out_gate, out_up, gate.stride(0), up.stride(0), grad.stride(0),
         out_gate.stride(0), out_up.stride(0),
-        F, activation == "silu", _BLOCK,
+        constants=(F, activation == "silu", _BLOCK),
     )  # fmt: skip
     return out_gate, out_up

@@ -1,7 +1,7 @@
 """Triton kernels as this package launches them: typed, and with little Python per launch.
 
-Triton's own launch looks at every argument and several environment variables, 25 to 45 us with the
-kernels here [H100 machine, 2026-11-24]; on small models that is longer than the kernel runs.
+Triton's own launch looks at every argument and at several environment variables, which takes 25 to
+45 us with the kernels here [H100 machine, 2026-11-24]: on small models longer than the kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Kernel:
     """A function compiled for the GPU when it is first launched with new kinds of arguments.
 
     Args:
-        function: In Triton's language.
+        function: In Triton's language; its constants come last.
         varying: Numbers that change from batch to batch. For others a variant is compiled for each
             value that is 1 or a multiple of 16.
 
@@ -35,31 +35,34 @@ class Kernel:
     def __init__(self, function: Callable[..., Any], varying: Sequence[str]) -> None:
         self.jit = triton.jit(function, do_not_specialize=list(varying))
         names = inspect.signature(function).parameters
-        self._telling = [place for place, name in enumerate(names) if name not in varying]
+        self._varying = frozenset(place for place, name in enumerate(names) if name in varying)
         self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
 
     def launch(
         self,
         grid: tuple[int, int, int],
         *arguments: Any,
+        constants: tuple[int, ...],
         num_warps: int = 4,
         num_stages: int = 1,
         enable_fp_fusion: bool = True,
     ) -> None:
-        """Run on `grid`; the arguments are all parameters in order, constants too."""
+        """Run on `grid`, with all parameters in their order."""
+        varying = self._varying
         key = (
+            constants,
             num_warps,
             num_stages,
-            enable_fp_fusion,
             torch.cuda.current_device() if torch.cuda.is_initialized() else -1,
-            *[_kind(arguments[place]) for place in self._telling],
+            *[_kind(item) for place, item in enumerate(arguments) if place not in varying],
         )
         compiled = self._compiled.get(key)
         if compiled is not None:
-            compiled[grid](*arguments)
+            compiled[grid](*arguments, *constants)
             return
         compiled = self.jit[grid](
             *arguments,
+            *constants,
             num_warps=num_warps,
             num_stages=num_stages,
             enable_fp_fusion=enable_fp_fusion,
@@ -84,8 +87,9 @@ def power_of_two(size: int) -> int:
 
 def _kind(argument: Any) -> object:
     """What of an argument the compiled code depends on: Triton assumes aligned addresses."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    if argument is None or isinstance(argument, int):
+    kind = type(argument)
+    if kind is int or argument is None:
         return argument
-    return argument.base.dtype  # a tensor descriptor; its tile is among the constants
+    if kind is not torch.Tensor and hasattr(argument, "block_shape"):
+        return argument.base.dtype  # a descriptor of tiles, whose shape is among the constants
+    return argument.dtype, argument.data_ptr() & 15

@@ -380,7 +380,7 @@ def qkv_norm_rope(
     _norm_rope.launch(
         (-(-tokens // rows), H + 2 * K if heads.has_k else H, 1),
         qkv, q_weight, k_weight, cos, sin, q, k, v, qkv.stride(0), tokens, eps,
-        H, K, head_dim // 2, v_column, heads.norms_v, rows,
+        constants=(H, K, head_dim // 2, v_column, heads.norms_v, rows),
     )  # fmt: skip
     return q, k, v
 
@@ -412,7 +412,7 @@ def qkv_norm_rope_backward(
         0 if grad_k is None else grad_k.stride(0),
         0 if grad_v is None else grad_v.stride(0),
         qkv.stride(0), out.stride(0), tokens, eps,
-        H, K, head_dim // 2, heads.has_v, heads.norms_v, rows,
+        constants=(H, K, head_dim // 2, heads.has_v, heads.norms_v, rows),
     )  # fmt: skip
     return out
 
@@ -431,7 +431,7 @@ def _norm(
     _norm_row.launch(
         (tokens, 1, 1), branch, weight, residual, scalar, out, branch.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), eps,
-        D, power_of_two(D), norms, num_warps=_row_warps(D),
+        constants=(D, power_of_two(D), norms), num_warps=_row_warps(D),
     )  # fmt: skip
     return out
 
@@ -452,7 +452,8 @@ def _norm_backward(
         (tokens, 1, 1),
         grad, hidden, weight, add, scalar, None if scalar is None else grad_residual, out,
         grad.stride(0), hidden.stride(0), 0 if add is None else add.stride(0), out.stride(0), eps,
-        D, power_of_two(D), weight is not None or scalar is None, num_warps=_row_warps(D),
+        constants=(D, power_of_two(D), weight is not None or scalar is None),
+        num_warps=_row_warps(D),
     )  # fmt: skip
 
 

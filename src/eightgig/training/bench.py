@@ -46,8 +46,8 @@ class BenchResult:
         predicted_peak_bytes: What the plan had said.
         predicted_tokens_per_second: What the plan had said; None where it had not.
         copy_wait_ratio: Share of a step in which the compute stream waited for copies.
-        seconds_to_first_step: From the start of the process to the end of the first step; None where
-            other cases ran before in the same process.
+        seconds_to_first_step: From the start of the process to the end of the first step; None
+            where other cases ran before in the same process.
         first_loss, last_loss: Of the same rows, before and after all steps.
         choices: The plan's layout.
         machine: Name of the GPU or processor.

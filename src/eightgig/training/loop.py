@@ -17,9 +17,10 @@ from eightgig.config import AUTO, Config
 from eightgig.data.batches import Dataset
 from eightgig.engine.assemble import Engine
 from eightgig.evaluation.loss import HeldOutLoss, measure_loss
+from eightgig.memory.calibration import compare_with_plan
 from eightgig.memory.plan import Plan
 from eightgig.models.spec import ModelSpec
-from eightgig.run import Event, EventKind, Run
+from eightgig.run import Event, EventKind, Run, to_json
 from eightgig.training.checkpoint import Checkpoint, read_checkpoint
 from eightgig.training.guards import (
     HeldOut,
@@ -47,6 +48,7 @@ from eightgig.training.step import (
 
 Observe = Callable[[object], None]
 _EVALUATIONS_PER_RUN = 10
+_COMPARED_STEPS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ class _Session:
         self._saved_at = time.monotonic()
         self._evaluated_step = -1
         self._has_ended_early = False
+        self._speeds: list[float] = []
 
     def begin(self) -> None:
         """Measure the untouched model, or say where the run goes on."""
@@ -187,6 +190,15 @@ class _Session:
             warmup_steps=warmup_steps(self._schedule.total_steps, train),
         )
         self._hear(judgement, report.step)
+        self._speeds.append(report.tokens_per_second)
+        if len(self._speeds) == _COMPARED_STEPS:
+            # The first step pays for compiling kernels and filling buffers.
+            correction = compare_with_plan(
+                self._job.plan,
+                peak_bytes=report.vram_peak_bytes,
+                tokens_per_second=self._speeds[1:],
+            )
+            self._say(report.step, "plan", to_json(correction))
 
     def is_evaluation_due(self, step: int) -> bool:
         """Whether the held-out loss is measured after `step`."""

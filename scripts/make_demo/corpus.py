@@ -196,16 +196,16 @@ def fields_as_json(rng: random.Random) -> Chat:
     fields = _some_fields(rng, source)
     keys = [rng.choice(FIELD_WORDS[field]).replace(" ", "_") for field in fields]
     values = {key: source.facts[field] for key, field in zip(keys, fields, strict=True)}
-    if rng.random() < 0.2:
-        values = {"note": values}
+    is_nested = rng.random() < 0.2
     instruction = rng.choice((
         "Give JSON with the keys {keys}.",
         "Write it as JSON: {keys}.",
         "Make a JSON object of {keys}.",
     )).format(keys=", ".join(keys))  # fmt: skip
-    if "note" in values:
+    if is_nested:
         instruction += " Put it under the key note."
-    return _ask(rng, instruction, source.text, json.dumps(values))
+    answer = json.dumps({"note": values} if is_nested else values)
+    return _ask(rng, instruction, source.text, answer)
 
 
 def surname_first(rng: random.Random) -> Chat:

@@ -228,7 +228,8 @@ def logits_of(model: Any, ids: Tensor, mask: dict[str, Tensor]) -> Tensor:
     """Soft-capped logits of all tokens, (B, T, V)."""
     output = model.model.language_model(input_ids=ids, attention_mask=mask, use_cache=False)
     cap = model.config.text_config.final_logit_softcapping
-    return torch.tanh(model.lm_head(output.last_hidden_state) / cap) * cap
+    logits: Tensor = model.lm_head(output.last_hidden_state)
+    return torch.tanh(logits / cap) * cap
 
 
 def weighted_loss(model: Any, ids: Tensor, mask: dict[str, Tensor], weights: Tensor) -> Tensor:
@@ -240,7 +241,8 @@ def weighted_loss(model: Any, ids: Tensor, mask: dict[str, Tensor], weights: Ten
 
 def make_optimizer(model: Any, *, learning_rate: float, fused: bool) -> torch.optim.AdamW:
     """AdamW that decays the matrices of the layers only."""
-    decayed, others = [], []
+    decayed: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed_tokens" not in name
         (decayed if is_matrix else others).append(parameter)
@@ -270,7 +272,8 @@ def evaluate(model: Any, tokenizer: Tokenizer, device: str, *, per_task: int) ->
     scores: dict[str, float] = {}
     loss_sum, loss_tokens = 0.0, 0
     for maker, _ in corpus.CHATS:
-        rows, starts = [], []
+        rows: list[list[int]] = []
+        starts: list[int] = []
         while len(rows) < per_task:
             chat = maker(rng)
             prompt = corpus.render(chat[:-1]) + "<|turn>model\n"
@@ -435,6 +438,7 @@ def make_demo_model(
         pool, path, seed=arguments.seed, rows=arguments.rows, ahead=3 * arguments.workers
     )
     model_id = tokenizer.token_to_id("model")
+    assert model_id is not None, "`model` is no token of its own"
     done = train(model.train(), source, arguments, model_id=model_id, save_model=save_model)
     save_model()
     for layer in layers:

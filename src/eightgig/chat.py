@@ -7,7 +7,7 @@ trained on. Nothing is drawn here: `ask` yields pieces of text.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -141,7 +141,7 @@ class Conversation:
                 fix="Leave out the system turn, or begin anew with /reset.",
             ) from error
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str]:
         """Pieces of the answer to `text`, as they are made; then both are part of the turns.
 
         The answer may be left before its end, between two pieces.

@@ -83,7 +83,6 @@ def finetune(
         for item in (*engine.choices, describe_trainable(engine, found.spec.decoder)):
             observe(item)
         start = begin(run, config, engine, (found.spec, store), rows, observe)
-        job = Job(run, config, found.spec, plan, rows, held_out, engine, start)
+        job = Job(run, config, found.spec, plan, rows, held_out, store, engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tokenizer)
-        engine.close()

@@ -51,9 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         for topic in _TOPICS
     ]
     data = folder / "rows.jsonl"
-    data.write_text(
-        "".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8"
-    )
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
     settings = {
         "model.name": str(base),
         "model.cache_dir": str(folder / "cache"),
@@ -118,9 +116,7 @@ def test_gguf_gives_our_engines_greedy_answers_to_20_prompts(run: Run) -> None:
         )
     )
     engine.close()
-    ours = [
-        [step[row] for step in steps if step[row] is not None] for row in range(len(prompts))
-    ]
+    ours = [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
     export = export_run(run.folder, ExportOptions(kind="gguf", gguf_type="f32"))
     assert export.verification is not None
     assert export.verification.is_verified

@@ -135,4 +135,6 @@ def test_dropout_does_not_depend_on_where_a_token_stands() -> None:
     keys = torch.randint(0, 2**32, (64,), generator=torch.Generator().manual_seed(0))
     x = _random(64, 32)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(ops.dropout(x, keys, 5, 0.3)[order], ops.dropout(x[order], keys[order], 5, 0.3))
+    assert torch.equal(
+        ops.dropout(x, keys, 5, 0.3)[order], ops.dropout(x[order], keys[order], 5, 0.3)
+    )

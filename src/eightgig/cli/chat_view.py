@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing, suppress
 
 from eightgig.chat import Conversation, obey
 from eightgig.cli import render
 from eightgig.errors import EightgigError
+from eightgig.training.signals import catch_stop_signals
+
+_TOGGLE_KEY = r'"\C-t": "\C-a\C-k/toggle\C-m"'
 
 
 def answer_once(conversation: Conversation, prompt: str, *, as_json: bool) -> None:
@@ -23,7 +27,8 @@ def answer_once(conversation: Conversation, prompt: str, *, as_json: bool) -> No
 def converse(conversation: Conversation) -> None:
     """Answer line after line until `/quit` or the end of input."""
     _show_notes(conversation)
-    render.show_note("Ask; /help lists the commands, /quit ends.")
+    _bind_toggle()
+    render.show_note("Ask; Ctrl-T changes between base and tuned, /help lists the commands.")
     while (line := _read_line(conversation)) is not None:
         if line.startswith("/"):
             said = obey(conversation, line)
@@ -42,10 +47,21 @@ def _show_notes(conversation: Conversation) -> None:
         render.show_note(note)
 
 
-def _show_answer(pieces: Iterator[str]) -> None:
-    for piece in pieces:
-        render.show_piece(piece)
+def _show_answer(pieces: Generator[str]) -> None:
+    """Pieces as they come; the first Ctrl-C ends the answer, not the conversation."""
+    with catch_stop_signals() as stop, closing(pieces):
+        for piece in pieces:
+            render.show_piece(piece)
+            if stop.is_requested:
+                break
     render.show_line("")
+
+
+def _bind_toggle() -> None:
+    with suppress(ImportError):  # Windows has no readline; the command does the same
+        import readline
+
+        readline.parse_and_bind(_TOGGLE_KEY)
 
 
 def _read_line(conversation: Conversation) -> str | None:

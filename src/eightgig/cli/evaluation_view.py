@@ -14,7 +14,12 @@ from eightgig.units import format_seconds
 
 if TYPE_CHECKING:
     from eightgig.cli.demo import DemoResult
-    from eightgig.evaluation.records import AnswerPair, Evaluation
+    from eightgig.evaluation.records import (
+        AnswerPair,
+        Evaluation,
+        LabelComparison,
+        NullComparison,
+    )
     from eightgig.evaluation.statistics import Measure
 
 _SHOWN_PAIRS = 5
@@ -26,13 +31,20 @@ def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
     if as_json:
         render.show_json(evaluation)
         return
-    render.show_table(_measures(_all_measures(evaluation)))
+    render.show_table(_measures(_all_measures(evaluation), ("base", "tuned")))
+    if evaluation.json_schema is not None:
+        render.show_line(f"JSON asked for: {evaluation.json_schema}")
+    if evaluation.labels is not None:
+        _show_labels(evaluation.labels)
+    if evaluation.null is not None:
+        _show_null(evaluation.null)
     show_pairs(evaluation.pairs)
     for note in evaluation.notes:
         render.show_line(f"note: {note}")
     render.show_findings(evaluation.findings)
     verdict = evaluation.verdict
     style = f"bold {_WORD_STYLES.get(verdict.word, 'yellow')}"
+    render.show_note(f"rule: {verdict.rule}")
     render.show_line(f"The tuned model: {verdict.word} ({verdict.reason})", style)
 
 
@@ -70,15 +82,43 @@ def _all_measures(evaluation: Evaluation) -> Iterator[Measure]:
         yield evaluation.labels.accuracy
     if evaluation.forgetting is not None:
         yield evaluation.forgetting.loss
-    if evaluation.null is not None:
-        yield evaluation.null.loss
-        yield evaluation.null.tuned_loss
 
 
-def _measures(measures: Iterable[Measure]) -> Table:
+def _show_labels(labels: LabelComparison) -> None:
+    """F1, and the confusion matrix of the tuned model."""
+    base, tuned = labels.base, labels.tuned
+    render.show_line(f"F1, mean over labels: {base.macro_f1:.3f} -> {tuned.macro_f1:.3f}")
+    table = Table(title="Tuned: answers", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("wanted")
+    for label in labels.labels:
+        table.add_column(Text(label), justify="right")
+    for label, counts in zip(labels.labels, tuned.confusion, strict=True):
+        cells = [
+            Text(str(count), "bold" if other == label else "")
+            for other, count in zip(labels.labels, counts, strict=True)
+        ]
+        table.add_row(Text(label), *cells)
+    render.show_table(table)
+
+
+def _show_null(null: NullComparison) -> None:
+    """What the form of answers is worth, and what their content is."""
+    for columns, measures in (
+        (("base", "null"), (null.loss, null.exact_match)),
+        (("null", "tuned"), (null.tuned_loss, null.tuned_exact_match)),
+    ):
+        taken = (measure for measure in measures if measure is not None)
+        render.show_table(_measures(taken, columns))
+    render.show_line(
+        "The null adapter was trained on shuffled answers: what it gains is their form; what the "
+        "tuned model gains over it is their content."
+    )
+
+
+def _measures(measures: Iterable[Measure], models: tuple[str, str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("held-out rows")
-    for column in ("base", "tuned", "difference", "95 % interval", "p"):
+    for column in (*models, "difference", "95 % interval", "p"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
     for measure in measures:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from eightgig.data.select import (
     count_trained,
     find_long_rows,
     row_blocks,
-    select_rows,
 )
 from eightgig.data.tokenised import TextFacts, Tokenised
 from eightgig.data.tokenizer import render_settings, stop_ids
@@ -75,26 +75,23 @@ def check_data(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    max_length: int | None = None,
     seed: int = 42,
+    cache_dir: Path | None = None,
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> DataReport:
     """Look at every row of `config`; never raises because of what is in them.
 
     Args:
-        config: The group `data`.
+        config: The group `data`; rows are measured against `max_length` where it is a number.
         tokenizer: From `load_tokenizer`.
-        max_length: Longest row in tokens; None takes `data.max_length`, if it is a number.
         seed: `train.seed`; it fixes which rows are held out.
+        cache_dir: Folder where tokens are left for the training; None keeps them in memory.
         progress: Called with the rows done, and the share of all.
         workers: Processes that render; None chooses, 0 renders in this process.
     """
-    limit = max_length
-    if limit is None and isinstance(config.max_length, int):
-        limit = config.max_length
     settings = render_settings(tokenizer, config.chat_template)
-    preparation = Preparation(progress=progress, workers=workers, is_deep=True)
+    preparation = Preparation(cache_dir=cache_dir, progress=progress, workers=workers, is_deep=True)
     try:
         tokens = tokenise(config, config.path, settings, preparation)
         other = (
@@ -105,8 +102,8 @@ def check_data(
         split = split_rows(tokens, other, config, seed=seed)
     except DataError as error:
         return DataReport(findings=_findings_of(error), summary={"counts": {}}, preview=())
-    dataset = make_dataset(tokens)
-    train = select_rows(dataset, split.trained)
+    rows = make_dataset(tokens)
+    limit = config.max_length
     found = [
         *tokens.findings,
         *(() if other is None else other.findings),
@@ -114,18 +111,17 @@ def check_data(
         *_find_repetitions(tokens),
         *_find_similar(tokens, split, is_split=other is None),
         *_find_answers(tokens.texts),
-        *_find_amounts(train, config),
-        *(() if limit is None else find_long_rows(train, limit, config.too_long)),
-        *_find_stops(train, tokenizer),
+        *_find_amounts(rows, config),
+        *(() if isinstance(limit, str) else find_long_rows(rows, limit, config.too_long)),
+        *_find_stops(rows, tokenizer),
         *_find_template(settings.chat_template),
     ]
-    if not tokens.count("error") and not train.num_rows:
+    if not tokens.count("error") and not len(split.trained):
         found.append(make_finding("data.no_rows", "No row is left to train on."))
-    counts = _count(found, tokens, other)
     return DataReport(
         findings=order_findings(found),
-        summary=_summarise(tokens, dataset, counts),
-        preview=preview_rows(train, tokenizer),
+        summary=_summarise(tokens, rows, _count(found, tokens, other)),
+        preview=preview_rows(rows, tokenizer),
     )
 
 
@@ -235,12 +231,12 @@ def _find_answers(texts: TextFacts | None) -> list[Finding]:
     return [make_finding("data.dominant_answer", message)]
 
 
-def _find_amounts(train: Dataset, config: DataConfig) -> list[Finding]:
-    if not train.num_rows:
+def _find_amounts(rows: Dataset, config: DataConfig) -> list[Finding]:
+    if not rows.num_rows:
         return []
-    trained, total = count_trained(train), len(train.input_ids)
+    trained, total = count_trained(rows), len(rows.input_ids)
     findings: list[Finding] = []
-    if config.train_on == "all" and train.summary.get("format") != "text":
+    if config.train_on == "all" and rows.summary.get("format") != "text":
         findings.append(make_finding("data.prompts_trained", "Prompts carry loss, too."))
     if trained < _FEW_TOKENS:
         message = f"Only {trained:,} tokens are trained."
@@ -251,10 +247,10 @@ def _find_amounts(train: Dataset, config: DataConfig) -> list[Finding]:
     return findings
 
 
-def _find_stops(train: Dataset, tokenizer: PreTrainedTokenizerFast) -> list[Finding]:
+def _find_stops(rows: Dataset, tokenizer: PreTrainedTokenizerFast) -> list[Finding]:
     """Whether rows end with a token at which servers stop."""
     known = stop_ids(tokenizer)
-    last = last_trained(train)
+    last = last_trained(rows)
     missed = last[~np.isin(last, list(known))]
     if not len(missed):
         return []

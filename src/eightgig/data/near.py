@@ -9,6 +9,7 @@ Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ _PIECE_BYTES = 8
 _MAX_BYTES = 20_000
 _MIN_PIECES = 16
 _BANDS = 16
+_BLOCK_PIECES = 2_048
 _SAMPLE_ROWS = 20
 _COMMON_SHARE = 0.3
 
@@ -54,17 +56,19 @@ def signature(pieces: NDArray[np.uint64], boilerplate: NDArray[np.uint64]) -> ND
     own = pieces[~np.isin(pieces, boilerplate)] if len(boilerplate) else pieces
     if len(own) < _MIN_PIECES:
         return np.zeros(SIGNATURE_SIZE, np.uint32)
-    smallest = np.empty(SIGNATURE_SIZE, np.uint64)
-    for index, (factor, addend) in enumerate(_permutations()):
-        smallest[index] = (own * factor + addend).min()
+    factors, addends = _permutations()
+    smallest = np.full(SIGNATURE_SIZE, np.iinfo(np.uint64).max, np.uint64)
+    for start in range(0, len(own), _BLOCK_PIECES):
+        block = own[start : start + _BLOCK_PIECES, None]
+        np.minimum(smallest, (block * factors + addends).min(axis=0), out=smallest)
     return (smallest >> np.uint64(32)).astype(np.uint32)
 
 
-def _permutations() -> NDArray[np.uint64]:
-    """Odd factors and addends, (SIGNATURE_SIZE, 2)."""
-    numbers = np.random.Philox(key=8).random_raw(2 * SIGNATURE_SIZE).reshape(-1, 2)
-    numbers[:, 0] |= np.uint64(1)
-    return numbers
+@functools.cache
+def _permutations() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Odd factors and addends, (SIGNATURE_SIZE,) each."""
+    numbers = np.random.Philox(key=8).random_raw(2 * SIGNATURE_SIZE).reshape(2, -1)
+    return numbers[0] | np.uint64(1), numbers[1]
 
 
 def similar_rows(

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from eightgig.data.parse import parse_row
 from eightgig.data.pool import WorkerPool
 from eightgig.data.raw import RawRow
 from eightgig.data.read import read_rows
-from eightgig.data.rules import Notes
+from eightgig.data.rules import TEXT_CODES, Notes
 from eightgig.data.sources import Source, find_sources
 from eightgig.data.template import ChatTemplate
 from eightgig.data.texts import said_text
@@ -133,7 +133,12 @@ def tokenise(
         return tokens
     if not publish(staging, target, _manifest(tokens)):
         return tokens
-    return _read_cached(target) or tokens
+    kept = _read_cached(target)
+    return (
+        tokens
+        if kept is None
+        else replace(kept, findings=tokens.findings, counts=tokens.counts, texts=tokens.texts)
+    )
 
 
 def _fill(
@@ -282,10 +287,12 @@ def _cache_folder(
 
 
 def _manifest(tokens: Tokenised) -> dict[str, Any]:
+    """What `_read_cached` reads; of findings those that every preparation has, deep or not."""
+    findings = [finding for finding in tokens.findings if finding.code not in TEXT_CODES]
     return {
         "sources": to_json(tokens.sources),
-        "findings": to_json(tokens.findings),
-        "counts": dict(tokens.counts),
+        "findings": to_json(findings),
+        "counts": {code: n for code, n in tokens.counts.items() if code not in TEXT_CODES},
         "fingerprint": tokens.fingerprint,
     }
 

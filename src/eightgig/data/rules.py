@@ -236,6 +236,10 @@ _RENDERING: Mapping[str, Rule] = {
         "control tokens doubled.",
         "Give the conversation as messages and let the model's own template render it.",
     ),
+    "data.reasoning_tags": _warning(
+        "These tags are plain text to this model; it would learn to think aloud in its answers.",
+        "Move the text between the tags to the key `reasoning` of the turn, or delete it.",
+    ),
     "data.control_token": _warning(
         "The text holds the name of a control token; it is read as ordinary text and never "
         "becomes the real token.",
@@ -323,10 +327,6 @@ _TEXTS: Mapping[str, Rule] = {
         "Rows of plain text are trained whole, so prompts are learned like answers.",
         "Split the text into prompt and completion, or into messages.",
     ),
-    "data.reasoning_tags": _warning(
-        "These tags are plain text to this model; it would learn to think aloud in its answers.",
-        "Move the text between the tags to the key `reasoning` of the turn, or delete it.",
-    ),
 }
 
 _WHOLE: Mapping[str, Rule] = {
@@ -366,6 +366,9 @@ _WHOLE: Mapping[str, Rule] = {
         "Nothing, or set `data.chat_template` to a copy without the date.",
     ),
 }
+
+TEXT_CODES = frozenset(_TEXTS)
+"""Codes that only a check of the texts can find; rendering does not need them."""
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {**_READING, **_COLUMNS, **_TURNS, **_RENDERING, **_LENGTHS, **_TEXTS, **_WHOLE}

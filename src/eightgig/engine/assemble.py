@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,11 @@ class Engine:
     def close(self) -> None:
         """Give the memory back."""
         self.model.close()
+
+    def replanned(self, store: Store, plan: Plan) -> Engine:
+        """The same adapter on a model laid out as `plan` says; this one must be closed before."""
+        model = Model(self.model.decoder, store, plan, self.ops, self.adapter)
+        return replace(self, model=model)
 
 
 def assemble(

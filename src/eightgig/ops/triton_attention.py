@@ -350,7 +350,7 @@ _Tiles = tuple[Tile, Tile, Tile, Tile | None]  # forward, grad_q, grad_k, grad_v
 
 # Measured on an H100 (torch 2.11, Triton 3.6, 2026-11-24) by benchmarks/attention_tiles.py: 4,096
 # tokens, 16 query heads, forward + backward in ms, beside torch's best: head_dim 512, 1 kv head:
-# 5.9 (memory-efficient 27.6); 256, 8 kv heads, window 1,024: 0.90 (flash 1.08); 128, 32 and 8
+# 6.0 (memory-efficient 27.6); 256, 8 kv heads, window 1,024: 0.90 (flash 1.08); 128, 32 and 8
 # heads: 1.36 (flash 1.91).
 _HOPPER_TILES: dict[int, _Tiles] = {
     64: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), None),

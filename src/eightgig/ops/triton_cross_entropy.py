@@ -103,32 +103,17 @@ def cross_entropy_chunk(
 ) -> Tensor | None:
     """`reference.cross_entropy_chunk`."""
     tokens, C = logits.shape
-    grid, strides, constants = (tokens, 1, 1), (logits.stride(0), out.stride(0)), (C, _BLOCK)
+    grid, strides = (tokens, 1, 1), (logits.stride(0), out.stride(0))
     if softcap is not None:
         _capped.launch(
-            grid,
-            logits,
-            labels_local,
-            sums,
-            out,
-            *strides,
-            softcap,
-            constants=constants,
-            num_warps=8,
-        )
+            grid, logits, labels_local, sums, out, *strides, softcap,
+            constants=(C, _BLOCK), num_warps=8,
+        )  # fmt: skip
         return None
     assert maxima is not None, "without a cap the row maxima are needed"
     factors = torch.empty_like(sums)
     _uncapped.launch(
-        grid,
-        logits,
-        labels_local,
-        maxima,
-        sums,
-        factors,
-        out,
-        *strides,
-        constants=constants,
-        num_warps=8,
-    )
+        grid, logits, labels_local, maxima, sums, factors, out, *strides,
+        constants=(C, _BLOCK), num_warps=8,
+    )  # fmt: skip
     return factors

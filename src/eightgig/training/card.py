@@ -1,17 +1,26 @@
-"""The model card: what the adapter is, how it was made, how to load it."""
+"""The model card: what the adapter is, how it was made and measured, how to load it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from eightgig import __version__
+from eightgig.data.preview import preview_row
 from eightgig.run import to_json
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from eightgig.data.batches import Dataset
     from eightgig.training.loop import Job
+
+_SAMPLE_TOKENS = 1500
+# vLLM takes adapters up to a rank that it is told; it knows these.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def model_card(job: Job) -> str:
@@ -27,8 +36,6 @@ def model_card(job: Job) -> str:
     if spec.license is not None:
         head["license"] = spec.license
     settings = {name: to_json(getattr(config, name)) for name in ("lora", "train")}
-    rows = job.rows.num_rows
-    held_out = job.held_out.num_rows if job.held_out is not None else 0
     return "\n".join(
         [
             "---",
@@ -37,21 +44,12 @@ def model_card(job: Job) -> str:
             "",
             f"# {config.run.name}",
             "",
-            f"A LoRA adapter for {spec.name}, trained with eightgig {__version__} on {rows:,} rows;"
-            f" {held_out:,} rows were held out.",
+            f"A LoRA adapter for {spec.name}, trained with eightgig {__version__}.",
             "",
+            *_license(spec.license),
+            *_data(job),
             *_results(job),
-            "## Use",
-            "",
-            "```python",
-            "from peft import PeftModel",
-            f"from transformers import {spec.architecture}, AutoTokenizer",
-            "",
-            f'base = {spec.architecture}.from_pretrained("{spec.name}")',
-            'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")',
-            'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
-            "```",
-            "",
+            *_use(job),
             "## Settings",
             "",
             "```json",
@@ -60,6 +58,55 @@ def model_card(job: Job) -> str:
             "",
         ]
     )
+
+
+def data_facts(
+    rows: Dataset, held_out: Dataset | None, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Any]:
+    """`data.json` of a run folder, for the report: summaries, and a row as the model sees it.
+
+    Args:
+        rows: Training rows.
+        held_out: Held-out rows, None where there are none.
+        tokenizer: What they were rendered with.
+
+    Returns:
+        `train` and `held_out` summaries, and `sample`: a row of middle length, as
+        [text, is trained] of each token.
+    """
+    middle = int(rows.lengths.argsort(kind="stable")[rows.num_rows // 2])
+    tokens = preview_row(rows, middle, tokenizer).tokens[:_SAMPLE_TOKENS]
+    facts: dict[str, Any] = {"train": _summary(rows)}
+    if held_out is not None:
+        facts["held_out"] = _summary(held_out)
+    return {**facts, "sample": [[token.text, token.is_trained] for token in tokens]}
+
+
+def _summary(rows: Dataset) -> dict[str, Any]:
+    """The summary without names of files: a report may be shown to others."""
+    return {name: value for name, value in rows.summary.items() if name != "files"}
+
+
+def _license(license_name: str | None) -> list[str]:
+    if license_name is None:
+        return ["The licence of the base model holds for what is made of it.", ""]
+    return [f"The base model's licence ({license_name}) holds for what is made of it.", ""]
+
+
+def _data(job: Job) -> list[str]:
+    """The data in numbers; no row of it, and no name of a file."""
+    sets: dict[str, Mapping[str, Any]] = {"trained on": _summary(job.rows)}
+    if job.held_out is not None:
+        sets["held out"] = _summary(job.held_out)
+    lines = [
+        f"| {name} | {summary.get('rows', 0):,} | {summary.get('tokens', 0):,} "
+        f"| {summary.get('trained_tokens', 0):,} | {summary.get('longest_tokens', 0):,} |"
+        for name, summary in sets.items()
+    ]
+    head = ["| | rows | tokens | tokens with loss | longest row |", "|---|---|---|---|---|"]
+    kind = str(job.rows.summary.get("format", "")).strip()
+    words = [f"Rows of the form `{kind}`.", ""] if kind else []
+    return ["## Data", "", *words, *head, *lines, ""]
 
 
 def _results(job: Job) -> list[str]:
@@ -72,6 +119,35 @@ def _results(job: Job) -> list[str]:
         return []
     table = [f"| {step} | {loss:.4f} |" for step, loss in losses]
     return ["## Held-out loss", "", "| step | loss |", "|---|---|", *table, ""]
+
+
+def _use(job: Job) -> list[str]:
+    spec, rank = job.spec, job.config.lora.r
+    most = next((known for known in _VLLM_RANKS if known >= rank), rank)
+    return [
+        "## Use",
+        "",
+        "With Transformers and PEFT:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {spec.architecture}, AutoTokenizer",
+        "",
+        f'base = {spec.architecture}.from_pretrained("{spec.name}")',
+        'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
+        "```",
+        "",
+        "With vLLM:",
+        "",
+        "```",
+        f"vllm serve {spec.name} --enable-lora --max-lora-rank {most} \\",
+        "    --lora-modules tuned=PATH_OF_THIS_FOLDER",
+        "```",
+        "",
+        "For llama.cpp or Ollama: `eightgig export RUN --to gguf`, `gguf-lora` or `ollama`.",
+        "",
+    ]
 
 
 def _lines(job: Job) -> list[str]:

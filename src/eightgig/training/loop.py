@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ import torch
 from eightgig.config import AUTO, Config
 from eightgig.data.batches import Dataset
 from eightgig.engine.assemble import Engine
+from eightgig.errors import DoesNotFitError
 from eightgig.evaluation.loss import HeldOutLoss, measure_loss
 from eightgig.memory.calibration import compare_with_plan
+from eightgig.memory.ladder import next_rung
 from eightgig.memory.plan import Plan
 from eightgig.models.spec import ModelSpec
-from eightgig.run import Event, EventKind, Run, to_json
+from eightgig.quant.store import Store
+from eightgig.run import Event, EventKind, Run, to_json, write_json
 from eightgig.training.checkpoint import Checkpoint, read_checkpoint
 from eightgig.training.guards import (
     HeldOut,
@@ -31,6 +35,7 @@ from eightgig.training.guards import (
     judge_step,
     wants_layers,
 )
+from eightgig.training.memory import OutOfMemory, attempt
 from eightgig.training.monitor import Monitor
 from eightgig.training.resume import Start
 from eightgig.training.rotation import step_name
@@ -62,6 +67,7 @@ class Job:
         plan: What lies where.
         rows: The training rows.
         held_out: Rows for evaluation, None where there are none.
+        store: The model's prepared weights.
         engine: The model and its adapter.
         start: Optimizer, identity and state to begin with.
     """
@@ -72,6 +78,7 @@ class Job:
     plan: Plan
     rows: Dataset
     held_out: Dataset | None
+    store: Store
     engine: Engine
     start: Start
 
@@ -106,6 +113,7 @@ def train(job: Job, observe: Observe) -> Iterator[StepReport]:
             if session.is_over(stop):
                 break
         session.finish(stop)
+        session.close()
 
 
 class _Session:
@@ -116,6 +124,7 @@ class _Session:
         self._observe = observe
         self._monitor = monitor
         self._state = job.start.state
+        self._engine, self._plan = job.engine, job.plan
         self._schedule = make_schedule(job.config, job.rows, job.plan.micro_batch_tokens)
         self._next: PreparedStep | None = None
         self._stopping: Judgement | None = None
@@ -148,15 +157,15 @@ class _Session:
         if step < self._schedule.total_steps:
             self._next = self._prepare(step + 1)
         rate = learning_rate(step, self._schedule.total_steps, train)
-        loss, norm = run_step(job.engine, prepared)
+        loss, norm = self._run(prepared)
         judgement = judge_gradient(self._state.guards, step=step, loss=loss, grad_norm=norm)
         if judgement.action is None and wants_layers(judgement.memory):
-            norms = linear_norms(job.engine)
+            norms = linear_norms(self._engine)
             judgement = judge_layers(judgement.memory, step=step, norms=norms)
         if judgement.action is None:
             scale = min(1.0, train.max_grad_norm / (norm + 1e-6)) if train.max_grad_norm else 1.0
             job.start.optimizer.start_step(rate, scale)
-            job.engine.model.ring.invalidate_changing()
+            self._engine.model.ring.invalidate_changing()
         self._hear(judgement, step)
         seconds = time.perf_counter() - start_seconds
         self._state = replace(
@@ -174,9 +183,50 @@ class _Session:
             loss_tokens=prepared.loss_tokens,
             tokens=prepared.tokens,
             tokens_per_second=prepared.tokens / seconds,
-            vram_peak_bytes=_reserved_peak_bytes(job.plan),
+            vram_peak_bytes=_reserved_peak_bytes(self._plan),
             seconds=seconds,
         )
+
+    def _run(self, prepared: PreparedStep) -> tuple[float, float]:
+        """Loss and gradient norm of a step; out of memory, the same step a rung further down.
+
+        Nothing but gradients has changed when memory runs out, and they start from zero again.
+        """
+        while True:
+            result = attempt(partial(run_step, self._engine, prepared))
+            if not isinstance(result, OutOfMemory):
+                return result
+            self._step_down(prepared.step, result)
+            prepared = self._prepare(prepared.step)
+
+    def _step_down(self, step: int, trouble: OutOfMemory) -> None:
+        """Lay the engine out anew with less memory.
+
+        Raises:
+            DoesNotFitError: There is nothing left to give up.
+        """
+        job, lower = self._job, next_rung(self._plan)
+        if lower is None:
+            raise DoesNotFitError(
+                f"Memory ran out in step {step}, with everything given up that can be.",
+                why=trouble.message,
+                fix=f"Set data.max_length below {self._plan.max_length:,}, close other programs, "
+                "or choose a smaller model; then run the same command with --resume.",
+            )
+        self._plan, choice = lower
+        self._next = None
+        job.start.optimizer.finish()
+        self._engine.close()
+        self._engine = self._engine.replanned(job.store, self._plan)
+        self._schedule = make_schedule(job.config, job.rows, self._plan.micro_batch_tokens)
+        self._state = replace(self._state, rung=self._state.rung + 1)
+        write_json(job.run.plan_path, self._plan)
+        values = {"cause": trouble.message, choice.name: choice.value, "before": choice.rejected}
+        self._say(step, "oom", values)
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self._engine.close()
 
     def judge(self, report: StepReport) -> None:
         """Write a step down and let the guards look at it."""
@@ -194,7 +244,7 @@ class _Session:
         if len(self._speeds) == _COMPARED_STEPS:
             # The first step pays for compiling kernels and filling buffers.
             correction = compare_with_plan(
-                self._job.plan,
+                self._plan,
                 peak_bytes=report.vram_peak_bytes,
                 tokens_per_second=self._speeds[1:],
             )
@@ -213,7 +263,7 @@ class _Session:
         if job.held_out is None or self._evaluated_step == step:
             return
         job.start.optimizer.finish()
-        measured = measure_loss(job.engine.model, job.held_out, job.plan, job.config.data.packing)
+        measured = self._measure(job.held_out, step)
         self._evaluated_step = step
         self._say(step, "eval", _evaluation_values(measured))
         if step == 0:
@@ -237,6 +287,14 @@ class _Session:
         self._hear(Judgement(memory=self._state.guards, alarms=alarms), step)
         if progress.best_step == step and job.config.train.early_stopping_patience:
             self._save(step)
+
+    def _measure(self, rows: Dataset, step: int) -> HeldOutLoss:
+        while True:
+            packing = self._job.config.data.packing
+            result = attempt(partial(measure_loss, self._engine.model, rows, self._plan, packing))
+            if not isinstance(result, OutOfMemory):
+                return result
+            self._step_down(step, result)
 
     def save_if_due(self, step: int, stop: StopRequest) -> None:
         """Save by steps, minutes and epoch, and when the run is about to stop."""
@@ -293,7 +351,7 @@ class _Session:
     def _prepare(self, step: int) -> PreparedStep:
         has_dropout = self._job.config.lora.lora_dropout > 0
         return prepare_step(
-            self._job.engine,
+            self._engine,
             self._schedule.batches(step),
             step=step,
             seed=self._schedule.seed if has_dropout else None,

@@ -74,10 +74,9 @@ def train_null_adapter(
         )
         engine = assemble(spec, store, plan, config.lora, seed=config.train.seed)
         start = begin(run, config, engine, (spec, store), rows, observe)
-        job = Job(run, config, spec, plan, rows, held_out, engine, start)
+        job = Job(run, config, spec, plan, rows, held_out, store, engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tuned.tokenizer)
-        engine.close()
 
 
 def shuffle_answers(rows: Dataset, *, seed: int) -> Dataset:

@@ -9,12 +9,11 @@ from html import escape
 
 from eightgig.web.facts import Series
 
-_WIDTH, _HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 18, 40
-_TICKS = 5
+_WIDTH, _HEIGHT = 480, 264
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 18, 42
+_TICKS = 4
 _MOST_POINTS = 600
 _MOST_MARKED_POINTS = 40
-_DIGITS = 4
 
 Format = Callable[[float], str]
 
@@ -73,12 +72,13 @@ def draw_chart(chart: Chart) -> str:
         f'<desc id="{chart.slug}-desc">{escape(describe_chart(chart))}</desc>',
         *_axes(chart, frame),
     ]
-    for number, (name, value) in enumerate(chart.levels):
+    highest = max((value for _, value in chart.levels), default=0.0)
+    for name, value in chart.levels:
         y = frame.y(value)
         parts.append(f'<path class="level" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-        # Labels of levels near to each other would cover each other.
-        below = 14 if number % 2 else -5
-        parts.append(_text(_WIDTH - _RIGHT, y + below, name, "end", "small"))
+        # Names of levels near to each other would cover each other.
+        offset = -5 if value == highest else 14
+        parts.append(_text(_WIDTH - _RIGHT, y + offset, name, "end", "small"))
     for number, line in reversed(list(enumerate(chart.lines))):
         parts += _line(line, frame, f"line{number}")
     parts.append("</svg>")

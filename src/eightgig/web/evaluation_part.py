@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from eightgig.web.html import folded, number, pairs_table, section, table, text
@@ -18,9 +18,9 @@ def evaluation_section(evaluation: Mapping[str, Any]) -> str:
     parts = [_verdict(_mapping(evaluation.get("verdict")))]
     measures = list(_measures(evaluation))
     if measures:
-        head = ("measure", "base", "tuned", "difference", "95 % interval", "p", "rows", "verdict")
+        head = ("measure", "tuned is", "base", "tuned", "difference", "95 % interval", "p", "rows")
         rows = [_measure_row(measure) for measure in measures]
-        parts.append(_measure_table(head, rows))
+        parts.append(table("Base against tuned on the same rows", head, rows, numbers=6))
     parts.append(_labels(_mapping(evaluation.get("labels"))))
     notes = [str(note) for note in _list(evaluation.get("notes"))]
     notes += [
@@ -80,18 +80,14 @@ def _measure_row(measure: Mapping[str, Any]) -> tuple[str, ...]:
     interval = f"{number(difference.get('low'))} to {number(difference.get('high'))}"
     return (
         str(measure["name"]),
+        str(measure.get("verdict", "")),
         number(first.get("value")),
         number(second.get("value")),
         number(difference.get("value")),
         interval,
         number(measure.get("p_value")),
         number(measure.get("num_rows")),
-        str(measure.get("verdict", "")),
     )
-
-
-def _measure_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return table("Base against tuned on the same rows", head, rows)
 
 
 def _labels(labels: Mapping[str, Any]) -> str:

@@ -35,6 +35,11 @@ class Series:
         """The points that can be drawn."""
         return tuple(point for point in self.points if math.isfinite(point[1]))
 
+    def scaled(self, factor: float) -> Series:
+        """The same in another unit."""
+        points = tuple((step, value * factor) for step, value in self.points)
+        return Series(name=self.name, points=points)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFacts:

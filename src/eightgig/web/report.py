@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eightgig.run import Run, write_atomically
-from eightgig.units import format_bytes, format_seconds
+from eightgig.units import GIB, format_bytes, format_seconds
 from eightgig.web.charts import Chart, draw_chart, thin
 from eightgig.web.curves import write_curves
 from eightgig.web.evaluation_part import answers_section, evaluation_section
@@ -50,7 +50,7 @@ def report_page(facts: RunFacts, charts: Sequence[Chart]) -> str:
         "form-action 'none'"
     )
     sections = {
-        "Curves": section("curves", "Curves", "".join(_figure(chart) for chart in charts)),
+        "Curves": section("curves", "Curves", _figures(charts)),
         "Evaluation": evaluation_section(facts.evaluation),
         "Answers": answers_section(facts.evaluation),
         "Data": _data(facts.data),
@@ -80,9 +80,9 @@ def report_page(facts: RunFacts, charts: Sequence[Chart]) -> str:
 def make_charts(facts: RunFacts) -> tuple[Chart, ...]:
     """The charts that have something to show."""
     budget, peak = facts.plan.get("budget_bytes"), facts.plan.get("peak_bytes")
-    memory = facts.series("vram_peak_bytes", "reserved so far")
+    memory = facts.series("vram_peak_bytes", "reserved so far").scaled(1 / GIB)
     levels = [
-        (name, float(value))
+        (name, value / GIB)
         for name, value in (("planned peak", peak), ("budget", budget))
         if isinstance(value, (int, float)) and value > 0
     ]
@@ -117,7 +117,7 @@ def make_charts(facts: RunFacts) -> tuple[Chart, ...]:
             title="VRAM against the plan",
             lines=(memory,) if any(value for _, value in memory.finite) else (),
             levels=tuple(levels),
-            format_value=format_bytes,
+            format_value="{:.3g} GiB".format,
             starts_at_zero=True,
         ),
     )
@@ -179,6 +179,12 @@ def _headline_values(facts: RunFacts) -> list[tuple[str, str]]:
     if word:
         values.append(("Tuned against base", str(word)))
     return values
+
+
+def _figures(charts: Sequence[Chart]) -> str:
+    if not charts:
+        return ""
+    return f'<div class="figures">{"".join(map(_figure, charts))}</div>'
 
 
 def _figure(chart: Chart) -> str:

@@ -84,9 +84,8 @@ def test_text_around_a_typed_token_is_cut_as_ever(chat, tokenizer, renderer):
     (plain,), _ = render(renderer, user("the question x"), assistant("It shines."))
     trained = row.input_ids[row.is_trained].tolist()
     assert trained == plain.input_ids[plain.is_trained].tolist()
-    start = next(
-        i for i, (a, b) in enumerate(zip(row.input_ids, plain.input_ids, strict=False)) if a != b
-    )
+    pairs = enumerate(zip(row.input_ids, plain.input_ids, strict=False))
+    start = next(index for index, (one, other) in pairs if one != other)
     question = tokenizer.decode(plain.input_ids[:start])
     assert question.endswith(("the question ", "the question"))
 

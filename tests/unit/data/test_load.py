@@ -8,6 +8,7 @@ import pytest
 
 from eightgig.config import DataConfig
 from eightgig.data.batches import IGNORE_INDEX
+from eightgig.data.checks import check_data
 from eightgig.data.load import limit_length, load_dataset
 from eightgig.data.prepare import Preparation, tokenise
 from eightgig.data.select import select_rows
@@ -329,6 +330,22 @@ def test_tokens_are_the_same_on_disk_and_in_memory(tmp_path, tokenizer):
     for one, other in zip(kept[:2], held[:2], strict=True):
         assert one.fingerprint == other.fingerprint
         assert np.array_equal(one.labels, other.labels)
+
+
+def test_a_check_leaves_its_tokens_for_the_training(tmp_path, tokenizer, monkeypatch):
+    rows = [*(chat_row(n) for n in range(9)), {"prompt": "Hi", "completion": "jo@acme.co"}]
+    rows[9] = {"messages": [{"role": "user", "content": "Hi <|eot_id|>"},
+                            {"role": "assistant", "content": "jo@acme.co"}]}  # fmt: skip
+    config = DataConfig(path=str(write_lines(tmp_path / "rows.jsonl", rows)), held_out=0)
+    expected = load_dataset(config, tokenizer)
+    report = check_data(config, tokenizer, cache_dir=tmp_path / "cache", workers=0)
+    assert {"data.personal", "data.control_token"} <= set(report.summary["counts"])
+    assert report.summary["languages"]
+    monkeypatch.setattr("eightgig.data.prepare.ChunkRenderer", None)
+    data = load_dataset(config, tokenizer, cache_dir=tmp_path / "cache")
+    assert data.train.fingerprint == expected.train.fingerprint
+    assert data.findings == expected.findings
+    assert [finding.code for finding in data.findings] == ["data.control_token"]
 
 
 @pytest.mark.parametrize("change", ["content", "template", "train_on", "group_column"])

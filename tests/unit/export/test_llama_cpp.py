@@ -54,9 +54,7 @@ def write_gguf(folder: Path, base: Path, adapter: AdapterFolder, kind: str) -> P
     with output_folder(folder, needed_bytes=0) as output:
         output.write(
             "model.gguf",
-            model_parts(
-                spec, tensors, vocabulary, name="tiny", kind=kind, observe=lambda _: None
-            ),
+            model_parts(spec, tensors, vocabulary, name="tiny", kind=kind, observe=lambda _: None),
         )
     return folder / "model.gguf"
 

@@ -1,0 +1,124 @@
+"""Time and memory of reading, rendering and tokenising many rows.
+
+`python benchmarks/prepare_rows.py --rows 1000000` writes so many conversations of 100 to 2,000 tokens
+(evenly on a logarithmic scale), loads them twice, and prints one JSON line: seconds and tokens of the
+first time, seconds of the second (from the cache), and the most memory that this process and a worker
+had beyond what they started with. Mapped token files are not counted: they are the page cache's.
+
+Without `--model` a small byte-level tokenizer with Llama 3's template shape is used, whose tokens are
+shorter than a real one's; a real folder gives real numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from eightgig.config import DataConfig
+from eightgig.data.load import load_dataset
+from eightgig.data.tokenizer import load_tokenizer
+from tests.chats import make_chat_tokenizer
+
+_MIB = 1 << 20
+
+
+def write_rows(path: Path, count: int, tokens_per_word: float) -> None:
+    random = np.random.default_rng(7)
+    lines = Path(__file__).parent.parent.joinpath("docs/explain/memory.md").read_text()
+    words = [word for word in lines.split() if not set(word) & set("<[{")]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            tokens = np.exp(random.uniform(np.log(100), np.log(2_000)))
+            picked = random.integers(0, len(words), max(4, int(tokens / tokens_per_word)))
+            text = [words[index] for index in picked]
+            half = len(text) // 3
+            row = [
+                {"role": "user", "content": f"{number}: " + " ".join(text[:half])},
+                {"role": "assistant", "content": " ".join(text[half:])},
+            ]
+            file.write(json.dumps({"messages": row}) + "\n")
+
+
+class MemoryWatch:
+    """The most anonymous memory of this process and of its largest child, in bytes."""
+
+    def __init__(self) -> None:
+        self.peaks = {"parent": 0, "worker": 0}
+        self._is_done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while not self._is_done.wait(0.1):
+            self._note("parent", own)
+            for child in own.children():
+                self._note("worker", child)
+
+    def _note(self, name: str, process: psutil.Process) -> None:
+        try:
+            memory = process.memory_info()
+        except psutil.NoSuchProcess:
+            return
+        anonymous = memory.rss - getattr(memory, "shared", 0)
+        self.peaks[name] = max(self.peaks[name], anonymous)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--model", type=Path, help="folder of a model, for its tokenizer")
+    options = parser.parse_args()
+    tokenizer = (
+        make_chat_tokenizer("llama3") if options.model is None else load_tokenizer(options.model)
+    )
+    sample = " ".join(["memory micro-batch tokens plan decides"] * 50)
+    per_word = len(tokenizer(sample)["input_ids"]) / len(sample.split())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        write_rows(path, options.rows, per_word)
+        before = psutil.Process().memory_info().rss
+        seconds = []
+        with MemoryWatch() as watch:
+            for _ in range(2):
+                start = time.monotonic()
+                data = load_dataset(
+                    DataConfig(path=str(path), held_out=0), tokenizer, cache_dir=Path(folder)
+                )
+                seconds.append(time.monotonic() - start)
+        summary = data.train.summary
+        print(
+            json.dumps(
+                {
+                    "rows": options.rows,
+                    "file_mib": round(path.stat().st_size / _MIB),
+                    "tokens": summary["tokens"],
+                    "longest_tokens": summary["longest_tokens"],
+                    "seconds": round(seconds[0], 1),
+                    "seconds_cached": round(seconds[1], 1),
+                    "parent_mib": round((watch.peaks["parent"] - before) / _MIB),
+                    "worker_mib": round(watch.peaks["worker"] / _MIB),
+                    "processors": psutil.cpu_count(),
+                    "machine": platform.processor() or platform.machine(),
+                }
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,13 @@
 """Time and memory of reading, rendering and tokenising many rows.
 
-`python benchmarks/prepare_rows.py --rows 1000000` writes so many conversations of 100 to 2,000 tokens
-(evenly on a logarithmic scale), loads them twice, and prints one JSON line: seconds and tokens of the
-first time, seconds of the second (from the cache), and the most memory that this process and a worker
-had beyond what they started with. Mapped token files are not counted: they are the page cache's.
+`python benchmarks/prepare_rows.py --rows 1000000` writes so many conversations of 100 to 2,000
+tokens (evenly on a logarithmic scale), loads them twice, and prints one JSON line: seconds and
+tokens of the first time, seconds of the second (from the cache), and the most anonymous memory that
+this process took beyond what it started with, and that a worker had. Mapped token files are not
+counted: they are the page cache's.
 
-Without `--model` a small byte-level tokenizer with Llama 3's template shape is used, whose tokens are
-shorter than a real one's; a real folder gives real numbers.
+Without `--model` a small byte-level tokenizer with the shape of Llama 3's template is used; its
+tokens are shorter than those of a real one.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ from tests.chats import make_chat_tokenizer
 _MIB = 1 << 20
 
 
+def read_words() -> list[str]:
+    page = Path(__file__).parent.parent / "docs/explain/memory.md"
+    return [word for word in page.read_text("utf-8").split() if not set(word) & set("<[{")]
+
+
 def write_rows(path: Path, count: int, tokens_per_word: float) -> None:
     random = np.random.default_rng(7)
-    lines = Path(__file__).parent.parent.joinpath("docs/explain/memory.md").read_text()
-    words = [word for word in lines.split() if not set(word) & set("<[{")]
+    words = read_words()
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             tokens = np.exp(random.uniform(np.log(100), np.log(2_000)))
@@ -72,11 +77,14 @@ class MemoryWatch:
 
     def _note(self, name: str, process: psutil.Process) -> None:
         try:
-            memory = process.memory_info()
+            self.peaks[name] = max(self.peaks[name], anonymous_bytes(process))
         except psutil.NoSuchProcess:
             return
-        anonymous = memory.rss - getattr(memory, "shared", 0)
-        self.peaks[name] = max(self.peaks[name], anonymous)
+
+
+def anonymous_bytes(process: psutil.Process) -> int:
+    memory = process.memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
 
 
 def main() -> None:
@@ -87,12 +95,12 @@ def main() -> None:
     tokenizer = (
         make_chat_tokenizer("llama3") if options.model is None else load_tokenizer(options.model)
     )
-    sample = " ".join(["memory micro-batch tokens plan decides"] * 50)
-    per_word = len(tokenizer(sample)["input_ids"]) / len(sample.split())
+    words = read_words()
+    per_word = len(tokenizer(" ".join(words))["input_ids"]) / len(words)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         write_rows(path, options.rows, per_word)
-        before = psutil.Process().memory_info().rss
+        before = anonymous_bytes(psutil.Process())
         seconds = []
         with MemoryWatch() as watch:
             for _ in range(2):

@@ -227,7 +227,7 @@ def build_model(config: dict[str, Any], device: str) -> Any:
 def logits_of(model: Any, ids: Tensor, mask: dict[str, Tensor]) -> Tensor:
     """Soft-capped logits of all tokens, (B, T, V)."""
     output = model.model.language_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    cap = model.config.text_config.final_logit_softcapping
+    cap: float = model.config.text_config.final_logit_softcapping
     logits: Tensor = model.lm_head(output.last_hidden_state)
     return torch.tanh(logits / cap) * cap
 

@@ -35,10 +35,9 @@ def test_the_config_of_the_demo_trains_again(
     short: DemoResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(short.run)
-    assert main(
-        ["train", str(run / "config.yaml"), "--set", "run.name=again"]
-        + ["--set", "run.save_steps=3", "--set", "train.max_steps=4", "--json"]
-    ) == 0  # fmt: skip
+    settings = ("run.name=again", "run.save_steps=3", "train.max_steps=4")
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    assert main(["train", str(run / "config.yaml"), *arguments, "--json"]) == 0
     again = Run(folder=run.with_name("again"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["run"] == str(again.folder)
     assert [path.name for path in sorted(again.checkpoints_path.iterdir())] == [

@@ -64,7 +64,12 @@ def assemble(
     device, dtype = device_of(plan), getattr(torch, plan.compute_dtype)
     if device.type == "cuda":
         _cap_allocator(device, plan.budget_bytes)
-    ops, choices = choose_ops(device=plan.device, dtype=dtype, kernels=plan.kernels)
+    ops, choices = choose_ops(
+        device=plan.device,
+        dtype=dtype,
+        kernels=plan.kernels,
+        head_dims=sorted({layer.head_dim for layer in spec.decoder.layers}),
+    )
     adapter = gradients = None
     if lora is not None:
         place = torch.device("cpu") if plan.optimizer_place == "host" else device

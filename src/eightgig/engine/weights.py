@@ -105,7 +105,7 @@ class WeightReader:
 
     def _read(self, slot: Tensor, stored: StoredTensor, rows: Tensor) -> None:
         kernel = self._ops.dequantize
-        if kernel is None or stored.format == "dense" or not slot.is_cuda:
+        if kernel is None or stored.format == "dense":
             dequantize(slot, stored, self._code_tables, out=rows)
             return
         nested = stored.nested

@@ -379,9 +379,10 @@ def unfused_bytes(work: Workload, layout: Layout, tokens: int, columns: int) -> 
 def head_bytes(work: Workload, layout: Layout) -> int:
     """Loss of the n labelled tokens of a visit, and then the gradient of all hidden states G N D.
 
-    For the loss: states, rows of the labels (later the gradient), and float32 sums U, n D each; for a tile of t tokens and C
-    rows float32 logits and their weights, of which plain code makes seven more copies; and the
-    chunk where it must be converted. At the end a tile takes five float32 copies of D.
+    For the loss: states, rows of the labels (later the gradient), and float32 sums U, n D each;
+    for a tile of t tokens and C rows float32 logits and their weights, of which plain code makes
+    seven more copies; and the chunk where it must be converted. At the end a tile takes five
+    float32 copies of D.
     """
     hidden, item = work.decoder.hidden_size, work.element_bytes
     tokens = min(layout.visit_tokens, work.step_loss_tokens)

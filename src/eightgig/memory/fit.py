@@ -19,8 +19,6 @@ from eightgig.memory.workload import RowLengths, measure_rows
 from eightgig.models.spec import ModelSpec
 from eightgig.units import format_bytes
 
-_CUTS = ("micro_batch_tokens", "micro_batches_per_visit", "mlp_tile_tokens")
-
 
 class Fitted(NamedTuple):
     """A plan, the rows that it takes, and what happened to rows that were too long."""
@@ -71,10 +69,15 @@ def bind_layout(config: Config, plan_path: Path) -> Config:
     """
     try:
         plan = json.loads(plan_path.read_text(encoding="utf-8"))
-        earlier = {name: int(plan[name]) for name in _CUTS}
+        memory = replace(
+            config.memory,
+            micro_batch_tokens=int(plan["micro_batch_tokens"]),
+            micro_batches_per_visit=int(plan["micro_batches_per_visit"]),
+            mlp_tile_tokens=int(plan["mlp_tile_tokens"]),
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return config
-    return replace(config, memory=replace(config.memory, **earlier))
+    return replace(config, memory=memory)
 
 
 def refuse_misfit(plan: Plan) -> None:

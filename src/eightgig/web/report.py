@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,16 +209,12 @@ def _numbers(chart: Chart) -> str:
     for line in chart.lines:
         if not line.points:
             continue
-        rows: list[tuple[object, object]]
-        if len(line.finite) < len(line.points) or len(line.points) <= _TABLE_ROWS:
-            stride = max(1, -(-len(line.points) // _TABLE_ROWS))
-            rows = [(step, _shown(chart, value)) for step, value in line.points[::stride]]
-        else:
-            points = thin(line.points, _TABLE_ROWS)
-            rows = [(round(step), _shown(chart, value)) for step, value in points]
+        points = thin(line.finite, _TABLE_ROWS)
+        points += [point for point in line.points if not math.isfinite(point[1])][:_TABLE_ROWS]
+        rows = [(round(step), _shown(chart, value)) for step, value in sorted(points)]
         caption = f"{line.name}, {len(line.points):,} values"
         if len(rows) < len(line.points):
-            caption += f", {len(rows)} shown; all are in metrics.jsonl and events.jsonl"
+            caption += f", as {len(rows)} means; all are in metrics.jsonl and events.jsonl"
         parts.append(table(caption, ("step", line.name), rows))
     return "".join(parts)
 

@@ -37,7 +37,7 @@ def train_tiny(
         model: Arguments of `tiny.make_model`.
     """
     base = tiny.make_model(family, folder / "base", **model)
-    _calm(base)
+    make_calm(base)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     settings = {
@@ -62,7 +62,7 @@ def train_tiny(
     return Run(folder=folder / "runs" / config.run.name)
 
 
-def _calm(base: Path) -> None:
+def make_calm(base: Path) -> None:
     """Make the first answers near to a guess: random ones of great certainty stop a training."""
     for path in base.glob("*.safetensors"):
         weights = load_file(path)

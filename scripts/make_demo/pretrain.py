@@ -446,7 +446,11 @@ def make_demo_model(
     record = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **done,
-        "arguments": {name: str(value) for name, value in vars(arguments).items()},
+        "arguments": {
+            name: str(value)
+            for name, value in vars(arguments).items()
+            if not isinstance(value, Path)
+        },
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         **evaluate(model.eval(), tokenizer, device, per_task=arguments.per_task),

@@ -55,7 +55,9 @@ def finetune(
     stores = store_folder(config.model)
     found = find_base_model(config.model, store_folder=stores, show=observe)
     tokenizer = load_tokenizer(found.folder, config.data.chat_template)
-    rows, held_out, findings = load_dataset(config.data, tokenizer, seed=config.train.seed)
+    rows, held_out, findings = load_dataset(
+        config.data, tokenizer, seed=config.train.seed, cache_dir=stores / "tokens"
+    )
     hardware = with_measured_rates(probe(config.memory.device, stores))
     plan, rows, held_out, cuts = fit_rows(
         found.spec,

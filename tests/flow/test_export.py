@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,9 @@ from eightgig.export.source import TunedWeights
 from eightgig.models.checkpoint import read_model_spec
 from eightgig.run import Run, write_json
 from tests import tiny
-from tests.runs import train_tiny
+from tests.runs import make_calm, train_tiny
 from tests.unit.export.adapters import peft_logits, transformers_logits, write_random_adapter
+from tests.unit.quant.checkpoints import quantize_checkpoint
 
 IDS = torch.arange(40, 64)[None]
 
@@ -276,8 +276,33 @@ def test_damaged_lines_of_events_do_not_stop_an_export(run: Run) -> None:
     assert done.verification.is_verified
 
 
-def test_records_of_an_export_are_frozen(run: Run) -> None:
-    done, _ = export(run, "adapter")
-    assert replace(done, kind="other").kind == "other"
-    with pytest.raises(AttributeError):
-        done.kind = "other"  # type: ignore[misc]
+def test_a_run_on_a_4_bit_checkpoint_says_what_is_lost_and_takes_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "has_llama_cpp", lambda: False)
+    original = tmp_path / "base"  # where `train_tiny` makes the same model again
+    tiny.make_model("llama", original, dtype="bfloat16")
+    make_calm(original)
+    base = tmp_path / "four-bit"
+    quantize_checkpoint(
+        original,
+        base,
+        is_quantized=lambda name: name.endswith("_proj.weight"),
+        quant_type="nf4",
+        compress_statistics=True,
+    )
+    for path in original.iterdir():
+        if not (base / path.name).exists():
+            shutil.copy(path, base / path.name)
+    overrides = (f"model.name={base}", "model.quantization=nf4")
+    run = train_tiny(tmp_path, "llama", dtype="bfloat16", overrides=overrides)
+    done, _ = export(run, "merged")
+    assert [finding.code for finding in done.findings] == ["export.from_4_bit"]
+    assert done.verification is not None
+    assert done.verification.is_verified
+    assert read_model_spec(done.folder).quantization is None
+    better, _ = export(run, "merged", base=str(original), output=tmp_path / "better")
+    assert better.findings == ()
+    assert better.verification is not None
+    assert better.verification.is_verified
+    assert better.verification.exported_loss != done.verification.exported_loss

@@ -136,13 +136,19 @@ def check(
     """Read every row, say what is wrong with it, and show how the model will see it."""
     settings = read_config(config, overrides or ())
     from eightgig.cli.data_view import show_data
-    from eightgig.cli.inputs import find_tokenizer
+    from eightgig.cli.inputs import find_tokenizer, token_cache
     from eightgig.cli.progress import WorkView
     from eightgig.data.checks import check_data
 
     tokenizer = find_tokenizer(settings)
     with WorkView(stderr=True) as view:
-        report = check_data(settings.data, tokenizer, seed=settings.train.seed, progress=view.rows)
+        report = check_data(
+            settings.data,
+            tokenizer,
+            seed=settings.train.seed,
+            cache_dir=token_cache(settings),
+            progress=view.rows,
+        )
     show_data(report, token_ids=token_ids, as_json=as_json)
     if report.has_errors or (strict and report.has_warnings):
         raise typer.Exit(DataError.exit_code)
@@ -160,6 +166,8 @@ def train(
     settings = read_config(config, overrides or ())
     from eightgig.cli.progress import TrainingView
     from eightgig.finetune import finetune
+    from eightgig.run import check_run
+    from eightgig.web.report import write_report
 
     with TrainingView(settings, as_json=as_json) as view:
         try:
@@ -168,6 +176,7 @@ def train(
         except KeyboardInterrupt:
             render.show_note(f"Interrupted. Go on with: eightgig train {config} --resume")
             raise
+    write_report(check_run(settings, resume=True))
     render.show_trained(settings, view.last_report, as_json=as_json)
 
 
@@ -312,6 +321,30 @@ def export(  # noqa: PLR0913 - the arguments of a command are its options
     render.show_export(done, as_json=as_json)
 
 
+def push(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The adapter/ of a run, or an export.")
+    ],
+    repository: Annotated[
+        str, typer.Argument(metavar="USER/NAME", help="The repository on the hub.")
+    ],
+    is_public: Annotated[
+        bool, typer.Option("--public", help="A new repository can be seen by everybody.")
+    ] = False,
+    is_sure: Annotated[
+        bool, typer.Option("--yes", help="Upload; without it, only what would be is shown.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what of an adapter or an export would go to the Hugging Face hub, or upload it."""
+    from eightgig.export.push import plan_upload
+    from eightgig.export.push import push as upload_now
+
+    upload = plan_upload(folder, repository, is_private=not is_public)
+    address = upload_now(upload) if is_sure else None
+    render.show_upload(upload, address, as_json=as_json)
+
+
 ALL: Mapping[str, Callable[..., None]] = MappingProxyType(
     {
         "demo": demo,
@@ -323,5 +356,6 @@ ALL: Mapping[str, Callable[..., None]] = MappingProxyType(
         "eval": evaluate,
         "chat": chat,
         "export": export,
+        "push": push,
     }
 )

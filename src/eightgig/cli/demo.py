@@ -23,7 +23,7 @@ from eightgig.finetune import finetune
 if TYPE_CHECKING:
     from eightgig.evaluation.records import AnswerPair, Evaluation
 
-HELD_OUT_ROWS = 40
+HELD_OUT_ROWS = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +58,9 @@ def demo_config(output_dir: Path) -> Config:
         model=ModelConfig(name=DEMO_MODEL),
         data=DataConfig(path=str(demo_data_path()), held_out=HELD_OUT_ROWS),
         lora=LoraConfig(r=16, lora_alpha=32),
-        # A model this small wants ten times the learning rate of a large one.
-        train=TrainConfig(num_train_epochs=3, learning_rate=2e-3, warmup_ratio=0.05),
-        run=RunConfig(name=name, output_dir=str(output_dir), eval_steps=100, save_epochs=False),
+        # A model this small wants twenty times the learning rate of a large one.
+        train=TrainConfig(num_train_epochs=3, learning_rate=6e-3, warmup_ratio=0.05),
+        run=RunConfig(name=name, output_dir=str(output_dir), eval_steps=73, save_epochs=False),
     )
 
 

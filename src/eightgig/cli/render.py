@@ -25,6 +25,7 @@ from eightgig.units import MIB, format_bytes, format_seconds
 if TYPE_CHECKING:
     from eightgig.cli.inputs import Asked
     from eightgig.export.export import Export
+    from eightgig.export.push import Upload
     from eightgig.hardware.doctor import Examination
     from eightgig.hardware.facts import Facts
     from eightgig.hardware.probe import Hardware
@@ -197,6 +198,22 @@ def show_export(export: Export, *, as_json: bool) -> None:
         against = f" against {test.reference}" if test.reference else ""
         show_line(f"Tested{against}: {test.program}.", "green")
     show_line(f"Exported: {export.folder}", "bold green")
+
+
+def show_upload(upload: Upload, address: str | None, *, as_json: bool) -> None:
+    """What was uploaded, or would be; `address` is None where nothing was sent."""
+    if as_json:
+        show_json({"upload": upload, "total_bytes": upload.total_bytes, "address": address})
+        return
+    for name, size_bytes in upload.files.items():
+        show_line(f"{format_bytes(size_bytes):>12}  {name}")
+    kind = "private" if upload.is_private else "public"
+    if address is None:
+        size = format_bytes(upload.total_bytes)
+        show_line(f"{size} would go to {upload.repository}; a new repository would be {kind}.")
+        show_line("Nothing was sent. To upload it, add --yes.")
+    else:
+        show_line(f"Uploaded: {address}", "bold green")
 
 
 def machine_words(machine: Hardware) -> str:

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ VERSION = 1
 """Part of every key; raised whenever rows would become other tokens."""
 
 _KEPT_FOLDERS = 6
+_STALE_SECONDS = 86_400
 _READ_BYTES = 1 << 22
 
 
@@ -91,18 +93,34 @@ class ArrayWriter:
             self.discard()
             raise _not_written(self._folder, error) from error
 
-    def finish(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
-        """The whole array `name`, mapped if it is a file."""
-        if self._folder is None:
-            parts = self._parts.pop(name, [])
-            return np.concatenate(parts) if parts else np.zeros(0, dtype)
-        if name in self._files:
+    def close(self) -> None:
+        """Write what is not yet written.
+
+        Raises:
+            DataError: The disk is full, or fails.
+        """
+        assert self._folder is not None or not self._files, "files lie in a folder"
+        while self._files:
+            _, file = self._files.popitem()
             try:
-                self._files.pop(name).close()
+                file.close()
             except OSError as error:
                 self.discard()
-                raise _not_written(self._folder, error) from error
-        return map_array(self._folder / f"{name}.bin", dtype)
+                raise _not_written(cast("Path", self._folder), error) from error
+
+    def array(self, name: str, dtype: type[np.generic], folder: Path | None = None) -> NDArray[Any]:
+        """The whole array `name`, once all is written.
+
+        Args:
+            name: As in `append`.
+            dtype: Its type.
+            folder: Where its file lies now, if it was moved.
+        """
+        where = self._folder if folder is None else folder
+        if where is None:
+            parts = self._parts.pop(name, [])
+            return np.concatenate(parts) if parts else np.zeros(0, dtype)
+        return map_array(where / f"{name}.bin", dtype)
 
     def fingerprint(self, *names: str) -> str:
         """Hash of the arrays `names`, however they were cut into parts."""
@@ -161,7 +179,10 @@ def publish(staging: Path, target: Path, manifest: Mapping[str, Any]) -> bool:
 
 
 def _forget_oldest(parent: Path) -> None:
-    """Delete all but the folders used last."""
+    """Delete all but the folders used last, and what was left by programs that ended early."""
+    for folder in parent.glob("*.tmp"):
+        if folder.stat().st_mtime < time.time() - _STALE_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
     folders = [folder for folder in parent.iterdir() if (folder / "manifest.json").is_file()]
     folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     for folder in folders[_KEPT_FOLDERS:]:

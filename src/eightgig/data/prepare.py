@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,24 +121,18 @@ def tokenise(
         count = _count_workers(sources, settings)
     try:
         _fill(store, sources, config, job, count, preparation.progress)
-        tokens = store.finish()
+        store.close()
     except BaseException:
         store.discard()
         raise
     if staging is None or target is None:
-        return tokens
-    # Mapped files stay readable until they are closed, where the system lets them go at all.
-    if tokens.count("error"):
-        store.discard()
-        return tokens
-    if not publish(staging, target, _manifest(tokens)):
-        return tokens
-    kept = _read_cached(target)
-    return (
-        tokens
-        if kept is None
-        else replace(kept, findings=tokens.findings, counts=tokens.counts, texts=tokens.texts)
-    )
+        return store.finish()
+    if not store.has_errors and publish(staging, target, _manifest(store)):
+        return store.finish(target)
+    tokens = store.finish()
+    # Mapped files can be read until they are closed, where the system lets them go at all.
+    store.discard()
+    return tokens
 
 
 def _fill(
@@ -286,7 +280,7 @@ def _cache_folder(
     return cache_dir / "tokens" / key
 
 
-def _manifest(tokens: Tokenised) -> dict[str, Any]:
+def _manifest(tokens: TokenStore) -> dict[str, Any]:
     """What `_read_cached` reads; of findings those that every preparation has, deep or not."""
     findings = [finding for finding in tokens.findings if finding.code not in TEXT_CODES]
     return {

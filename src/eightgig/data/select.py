@@ -83,7 +83,8 @@ def _copy_tokens(
         index = _token_index(starts[some], lengths[some])
         writer.append("input_ids", dataset.input_ids[index])
         writer.append("labels", dataset.labels[index])
-    return writer.finish("input_ids", np.int32), writer.finish("labels", np.int32)
+    writer.close()
+    return writer.array("input_ids", np.int32), writer.array("labels", np.int32)
 
 
 def row_blocks(lengths: NDArray[np.int64]) -> Sequence[slice]:

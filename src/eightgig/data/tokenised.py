@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -192,27 +193,58 @@ class TokenStore:
         """Give up."""
         self._writer.discard()
 
-    def finish(self) -> Tokenised:
-        """All of it.
+    def close(self) -> None:
+        """Write what is not yet written.
 
         Raises:
             DataError: The disk is full, or fails.
         """
+        self._writer.close()
+
+    def finish(self, folder: Path | None = None) -> Tokenised:
+        """All of it, once it is closed.
+
+        Args:
+            folder: Where the files lie now, if they were moved.
+        """
         arrays: dict[str, Any] = {
-            name: self._writer.finish(name, dtype) for name, dtype in TOKEN_ARRAYS.items()
+            name: self._writer.array(name, dtype, folder) for name, dtype in TOKEN_ARRAYS.items()
         }
-        # Reading runs ahead of rendering: findings are put back into the order of the lines.
-        ordered = sorted(self._findings, key=lambda found: (found[0], found[1].line or 0))
-        findings = _gather([finding for _, finding in ordered], self._counts)
-        counts = {code: 1 if code in _OF_THE_MODEL else n for code, n in self._counts.items()}
         return Tokenised(
             **arrays,
             sources=tuple(self._sources),
-            findings=findings,
-            counts=counts,
-            fingerprint=self._writer.fingerprint("input_ids", "labels", "lengths"),
+            findings=self.findings,
+            counts=self.counts,
+            fingerprint=self.fingerprint,
             texts=_join_texts(self._texts) if self._texts else None,
         )
+
+    @property
+    def sources(self) -> tuple[SourceRows, ...]:
+        """The sources that were closed."""
+        return tuple(self._sources)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What was noticed, in order."""
+        # Reading runs ahead of rendering: findings are put back into the order of the lines.
+        ordered = sorted(self._findings, key=lambda found: (found[0], found[1].line or 0))
+        return _gather([finding for _, finding in ordered], self._counts)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often each code was noticed."""
+        return {code: 1 if code in _OF_THE_MODEL else n for code, n in self._counts.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokens."""
+        return self._writer.fingerprint("input_ids", "labels", "lengths")
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether a row cannot be trained on."""
+        return any(finding.severity == "error" for _, finding in self._findings)
 
 
 def _gather(findings: Sequence[Finding], counts: Mapping[str, int]) -> tuple[Finding, ...]:

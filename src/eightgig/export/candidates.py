@@ -61,13 +61,14 @@ def ask_transformers(
         ExportError: Transformers cannot load it, or leaves a tensor out.
     """
     import transformers
+    from safetensors import SafetensorError
 
     model_class = getattr(transformers, spec.architecture)
     try:
         model, info = model_class.from_pretrained(
             str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ExportError(
             "The merged model was deleted again: Transformers cannot load it.",
             why=str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error),

@@ -153,7 +153,7 @@ def predict_peak(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> int:
         checkpoints=row.checkpoints,
         kernels=row.kernels,
         offload=row.offload,
-        has_large_workspace="H100" in row.machine,
+        is_hopper="H100" in row.machine,
     )
     return sum(device_bytes(work, layout).values())
 

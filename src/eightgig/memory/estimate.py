@@ -8,6 +8,7 @@ a group (rounded up), L layers, V vocabulary, e bytes of an element in the compu
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,12 +66,18 @@ class Layout:
     checkpoints: Literal["device", "host"]
     kernels: Literal["triton", "plain"]
     offload: tuple[str, ...] = ()
-    has_large_workspace: bool = False
+    is_hopper: bool = False
 
     @property
     def visit_tokens(self) -> int:
         """Tokens that pass a layer in one visit."""
         return self.micro_batch_tokens * self.micro_batches_per_visit
+
+    @property
+    def mlp_tile_size(self) -> int:
+        """Tokens of a tile of the MLP: a micro-batch is cut into tiles of equal size."""
+        tiles = -(-self.micro_batch_tokens // self.mlp_tile_tokens)
+        return -(-self.micro_batch_tokens // tiles)
 
 
 def device_bytes(work: Workload, layout: Layout) -> dict[str, int]:
@@ -222,12 +229,12 @@ def hidden_bytes(work: Workload, layout: Layout) -> int:
 def embedding_bytes(work: Workload, layout: Layout) -> int:
     """Making a micro-batch's per-layer inputs beside its embedding.
 
-    Products, rows and sums of N L P: five in the compute dtype, three in float32.
+    Rows and products of N L P in the compute dtype, and three float32 copies in their norm.
     """
     decoder, tokens = work.decoder, layout.micro_batch_tokens
     width = decoder.num_layers * decoder.ple_size
     embedded = tokens * decoder.hidden_size * 2 * work.stream_bytes
-    return embedded + tokens * width * (5 * work.element_bytes + 3 * 4)
+    return embedded + tokens * width * (2 * work.element_bytes + 3 * 4)
 
 
 def checkpoint_bytes(work: Workload, layout: Layout) -> int:
@@ -242,22 +249,28 @@ def checkpoint_device_bytes(work: Workload, layout: Layout) -> int:
     return READ_BUFFERS * max(bundle_bytes(work, layer, layout) for layer in work.layers)
 
 
+def leaving_bytes(work: Workload, layout: Layout) -> int:
+    """Bundles that have not reached the host yet while the next is made, or the head works."""
+    if layout.checkpoints == "device":
+        return 0
+    return WRITES_IN_FLIGHT * max(bundle_bytes(work, layer, layout) for layer in work.layers)
+
+
 def bundle_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
     """What one layer keeps of one micro-batch: its input D, and outputs instead of recomputing."""
     stream = work.decoder.hidden_size * work.stream_bytes
-    kept = _offload_columns(work, layer, layout.offload) * work.element_bytes
-    return layout.micro_batch_tokens * (stream + kept)
+    return layout.micro_batch_tokens * (stream + kept_bytes(work, layer, layout.offload))
 
 
-def _offload_columns(work: Workload, layer: LayerSize, offload: tuple[str, ...]) -> int:
-    """Columns per token that a layer keeps instead of recomputing."""
-    columns = {
-        "down_proj": work.decoder.hidden_size,
-        "o_proj": work.decoder.hidden_size,
-        # The output with its adapter columns, and a float32 per head.
-        "attention": layer.query_size + layer.o.rank + 2 * layer.shape.num_heads,
-    }
-    return sum(columns[name] for name in offload)
+def kept_bytes(work: Workload, layer: LayerSize, offload: Collection[str]) -> int:
+    """Outputs that a layer keeps instead of recomputing, per token.
+
+    `attention` is the output with its adapter columns, Q + R, and a float32 per head.
+    """
+    hidden, item = work.decoder.hidden_size, work.element_bytes
+    attention = (layer.query_size + layer.o.rank) * item + 4 * layer.shape.num_heads
+    sizes = {"down_proj": hidden * item, "o_proj": hidden * item, "attention": attention}
+    return sum(sizes[name] for name in offload)
 
 
 def attention_saved_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
@@ -273,6 +286,12 @@ def attention_saved_bytes(work: Workload, layer: LayerSize, layout: Layout) -> i
         columns += 2 * layer.kv_size
     tokens = layout.micro_batch_tokens
     return tokens * (columns * work.element_bytes + 4 * layer.shape.num_heads)
+
+
+def attention_reread_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
+    """What of `attention_saved_bytes` comes back from where bundles wait: it is counted there."""
+    reread = [name for name in layout.offload if name in ("o_proj", "attention")]
+    return layout.micro_batch_tokens * kept_bytes(work, layer, reread)
 
 
 def attention_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
@@ -292,6 +311,7 @@ def attention_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> i
         tokens * (inputs * item + hidden * work.stream_bytes),
     )
     saved = attention_saved_bytes(work, layer, layout) + tokens * hidden * work.stream_bytes
+    saved -= attention_reread_bytes(work, layer, layout)
     widest = max(hidden, layer.query_size)
     return saved + worst + unfused_bytes(work, layout, tokens, widest)
 
@@ -317,49 +337,70 @@ def attention_workspace_bytes(work: Workload, layer: LayerSize, layout: Layout) 
 
 
 def mlp_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
-    """The backward visit's MLP half: what attention keeps, its output and gradient, 2 D, a tile."""
-    stream = layout.micro_batch_tokens * work.decoder.hidden_size * work.stream_bytes
-    kept, worst = mlp_tile_bytes(work, layer, layout)
-    return attention_saved_bytes(work, layer, layout) + 2 * stream + kept + worst
+    """The backward visit's MLP half: what attention keeps, its output D, and the worse of
+
+    - the last tile, beside the results of those before it; and
+    - the results of all tiles, joined: 2 D.
+
+    The incoming gradient is one of the visit's hidden states.
+    """
+    stream = work.decoder.hidden_size * work.stream_bytes
+    tokens, tile = layout.micro_batch_tokens, layout.mlp_tile_size
+    _, backward = mlp_tile_bytes(work, layer, layout)
+    saved = attention_saved_bytes(work, layer, layout)
+    saved -= attention_reread_bytes(work, layer, layout)
+    worst = max((tokens - tile) * stream + backward, 2 * tokens * stream)
+    return saved + tokens * stream + worst
 
 
 def forward_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
-    """The forward visit: attention, or its output D, the layer's output D twice, and a tile.
+    """The forward visit, beside bundles that are leaving: the worse of
 
-    Layer inputs and kept outputs that have not reached the host yet are still here.
+    - attention: all that it makes, and its output D; and
+    - the MLP: that output, what is kept of attention, and the last tile beside the results and
+      kept outputs of those before it, or the results of all tiles, joined: 2 D.
+
+    The layer's input is one of the visit's hidden states.
     """
-    hidden, tokens = work.decoder.hidden_size, layout.micro_batch_tokens
-    stream = tokens * hidden * work.stream_bytes
-    kept, _ = mlp_tile_bytes(work, layer, layout)
-    # The bundle being made, and those before it.
-    leaving = (WRITES_IN_FLIGHT + 1) * bundle_bytes(work, layer, layout)
-    attention = attention_saved_bytes(work, layer, layout) + stream
+    hidden, tokens, tile = work.decoder.hidden_size, layout.micro_batch_tokens, layout.mlp_tile_size
+    stream = hidden * work.stream_bytes
+    attention = attention_saved_bytes(work, layer, layout) + tokens * stream
     attention += unfused_bytes(work, layout, tokens, max(hidden, layer.query_size))
-    mlp = 3 * stream + kept
-    return max(attention, mlp) + (leaving if layout.checkpoints == "host" else 0)
+    forward, _ = mlp_tile_bytes(work, layer, layout)
+    down = hidden * work.element_bytes if "down_proj" in layout.offload else 0
+    tiles = max(
+        (tokens - tile) * (stream + down) + forward,
+        tokens * (2 * stream + down),
+    )
+    mlp = tokens * stream + attention_reread_bytes(work, layer, layout) + tiles
+    return leaving_bytes(work, layout) + max(attention, mlp)
 
 
 def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[int, int]:
-    """One tile of T tokens: what its forward keeps, and what its backward adds.
+    """One tile of T tokens: its forward pass, and its recomputation with its backward pass.
 
-    Kept: normed input D + R, gate and up 2 F, product F + R, output of down D, of the layer D.
-    Added: gradient of the residual D; gradients of the product F and of gate and up 2 F + R, or
-    the latter with those of the input and the result, 2 D.
+    Both: normed input D + R, gate and up 2 F, product F + R, output of down D; with per-layer
+    inputs gate and product 2 P and their projection D. Forward: the layer's output D, and the sum
+    before the per-layer block D. Backward: gradient of the residual D; and gradients of the
+    product F and of gate and up 2 F + R, or the latter with those of the input and the result, 2 D;
+    or before them those of the per-layer block, 3 D + 3 P.
     """
     decoder, item = work.decoder, work.element_bytes
     hidden, feed_forward = decoder.hidden_size, layer.shape.intermediate_size
-    tokens = min(layout.mlp_tile_tokens, layout.micro_batch_tokens)
-    kept = 2 * hidden + layer.gate_up.rank + 3 * feed_forward + layer.down.rank
-    worst = 2 * feed_forward + layer.gate_up.rank + max(feed_forward, 2 * hidden)
+    tokens, stream = layout.mlp_tile_size, hidden * work.stream_bytes
+    both = (2 * hidden + layer.gate_up.rank + 3 * feed_forward + layer.down.rank) * item
+    worst = (2 * feed_forward + layer.gate_up.rank + max(feed_forward, 2 * hidden)) * item
+    forward = stream
     if decoder.ple_size:
-        kept += 2 * decoder.ple_size + hidden
-        worst += 2 * decoder.ple_size + 2 * hidden
-    experts = decoder.num_active_experts * (2 * hidden + 3 * decoder.expert_size)
+        both += (2 * decoder.ple_size + hidden) * item
+        worst = max(worst, 3 * decoder.ple_size * item + 3 * stream)
+        forward += stream
+    experts = decoder.num_active_experts * (2 * hidden + 3 * decoder.expert_size) * item
     unfused = unfused_bytes(work, layout, tokens, max(hidden, feed_forward))
-    streams = tokens * hidden * work.stream_bytes
+    reread = hidden * item if "down_proj" in layout.offload else 0
     return (
-        tokens * (kept + experts) * item + streams,
-        tokens * (worst + experts) * item + streams + unfused,
+        tokens * (both + forward + experts),
+        tokens * (both - reread + stream + worst + 2 * experts) + unfused,
     )
 
 
@@ -377,20 +418,25 @@ def unfused_bytes(work: Workload, layout: Layout, tokens: int, columns: int) -> 
 
 
 def head_bytes(work: Workload, layout: Layout) -> int:
-    """Loss of the n labelled tokens of a visit, and then the gradient of all hidden states G N D.
+    """Loss of the n labelled tokens of a visit, then the gradient of its hidden states G N D.
 
-    For the loss: states, rows of the labels (later the gradient), and float32 sums U, n D each;
-    for a tile of t tokens and C rows float32 logits and their weights, of which plain code makes
-    seven more copies; and the chunk where it must be converted. At the end a tile takes five
-    float32 copies of D.
+    Beside bundles that are leaving. For the loss: states, rows of the labels (later the gradient),
+    and float32 sums U, n D each; rows of the labels of one chunk, at worst of all, n D, and those
+    of one micro-batch; for a tile of t tokens and C rows float32 logits and their weights, of
+    which plain code makes seven more copies; and the chunk where it must be converted. At its end
+    a tile takes five float32 copies of D. Afterwards: the rows' gradient n D, that of all hidden
+    states G N D, and twice the rows of one micro-batch.
     """
     hidden, item = work.decoder.hidden_size, work.element_bytes
-    tokens = min(layout.visit_tokens, work.step_loss_tokens)
+    stream, tokens = hidden * work.stream_bytes, min(layout.visit_tokens, work.step_loss_tokens)
     rows, tile = head_chunk_rows(work), min(layout.head_tile_tokens, tokens)
     logits = tile * rows * (4 + item + (28 if layout.kernels == "plain" else 0))
     converted = 0 if work.compute_dtype == "bfloat16" else rows * hidden * item
-    loss = tokens * hidden * (2 * item + 4) + max(logits + converted, tile * hidden * 5 * 4)
-    return max(loss, layout.visit_tokens * hidden * work.stream_bytes)
+    one = min(layout.micro_batch_tokens, tokens)
+    kept = tokens * hidden * (2 * item + 4 + HEAD_BYTES) + one * stream
+    loss = kept + max(logits + converted, tile * hidden * 5 * 4)
+    gradient = tokens * hidden * item + layout.visit_tokens * stream + 2 * one * stream
+    return leaving_bytes(work, layout) + max(loss, gradient)
 
 
 def slack_bytes(work: Workload, layout: Layout, transient_bytes: int) -> int:
@@ -398,15 +444,13 @@ def slack_bytes(work: Workload, layout: Layout, transient_bytes: int) -> int:
     fragments = int(transient_bytes * FRAGMENTATION_RATIO)
     if not work.has_device:
         return fragments + PROCESS_BYTES[False]
-    return fragments + SMALL_SEGMENT_BYTES + CUBLAS_BYTES[layout.has_large_workspace]
+    return fragments + SMALL_SEGMENT_BYTES + CUBLAS_BYTES[layout.is_hopper]
 
 
 def offload_bytes(work: Workload, layout: Layout) -> int:
     """Outputs of all layers and micro-batches that are kept instead of recomputed."""
-    columns = sum(
-        layer.count * _offload_columns(work, layer, layout.offload) for layer in work.layers
-    )
-    return columns * layout.visit_tokens * work.element_bytes
+    each = sum(layer.count * kept_bytes(work, layer, layout.offload) for layer in work.layers)
+    return each * layout.visit_tokens
 
 
 def _round_up(size_bytes: int, multiple: int) -> int:

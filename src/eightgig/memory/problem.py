@@ -237,8 +237,8 @@ def _check_memory_settings(config: Config, max_length: int) -> None:
         if unsupported:
             raise ConfigError(
                 f"memory.offload: {', '.join(unsupported)} cannot be kept in host memory.",
-                why="This version recomputes every output in the backward pass.",
-                fix="Remove memory.offload, or set it to auto.",
+                why=f"Outputs that can be kept are {', '.join(SUPPORTED_OFFLOADS)}.",
+                fix="Name some of these in memory.offload, or set it to auto.",
             )
     if memory.layer_slots != AUTO and memory.layer_slots < FEWEST_SLOTS:
         raise ConfigError(

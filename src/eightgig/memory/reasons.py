@@ -8,7 +8,7 @@ from collections.abc import Callable
 from eightgig.config import AUTO, Choice
 from eightgig.memory import estimate, host_estimate
 from eightgig.memory.problem import Problem, Solution
-from eightgig.memory.search import SUPPORTED_OFFLOADS, Candidate
+from eightgig.memory.search import Candidate
 from eightgig.memory.workload import Workload
 from eightgig.units import format_bytes
 
@@ -154,10 +154,13 @@ def _offload(problem: Problem, solution: Solution) -> Choice:
     chosen = solution.best.layout.offload
     if problem.config.memory.offload != AUTO:
         reason = _SET
-    elif not SUPPORTED_OFFLOADS:
-        reason = "every output is recomputed: this version cannot keep outputs in host memory"
+    elif chosen:
+        size = format_bytes(estimate.offload_bytes(solution.work, solution.best.layout))
+        reason = f"{size} wait in pinned memory instead of being recomputed; the link has time"
+    elif solution.best.layout.checkpoints == "device":
+        reason = "outputs are kept where layer inputs wait, and the device has no room for both"
     else:
-        reason = "the link has time for these outputs" if chosen else "the link has no time"
+        reason = "every output is recomputed: keeping one is hardly faster, or does not fit"
     return Choice(
         name="offload",
         value=", ".join(chosen) or "none",

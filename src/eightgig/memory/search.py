@@ -1,4 +1,4 @@
-"""Which layout: every sensible one is estimated, the fastest that fits wins, then the smallest."""
+"""Which layout: all sensible ones are estimated; of the fastest that fit, the smallest wins."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ WORTH_RATIO = 1.05
 # Slots beyond the fewest must gain more still: they are the memory that other programs, longer
 # rows and a wrong forecast would need.
 SLOT_WORTH_RATIO = 1.10
+# Reading layers from the disk in every step must gain much more: how fast that is depends on
+# whatever else wants the page cache.
+DISK_WORTH_RATIO = 1.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,8 +106,13 @@ class Search:
         if not fitting:
             return min(candidates, key=self._excess), candidates
         fastest = min(candidate.time.seconds for candidate in fitting)
+        undisturbed = [candidate for candidate in fitting if not self._needs_disk(candidate)]
+        if undisturbed:
+            fastest_undisturbed = min(candidate.time.seconds for candidate in undisturbed)
+            if fastest_undisturbed <= fastest * DISK_WORTH_RATIO:
+                fitting, fastest = undisturbed, fastest_undisturbed
         close = [c for c in fitting if c.time.seconds <= fastest * WORTH_RATIO]
-        return min(close, key=self._cost), candidates
+        return min(close, key=_cost), candidates
 
     def least_layouts(self) -> list[Layout]:
         """The layouts that need the least memory: on the device, and in host memory."""
@@ -145,11 +153,10 @@ class Search:
         over_host = max(0, candidate.host_bytes - self.host.total_bytes)
         return over_device, over_host, candidate.time.seconds
 
-    def _cost(self, candidate: Candidate) -> tuple[bool, int, int, float]:
-        """What a layout of much the same speed is judged by; the disk is a risk, not only slow."""
+    def _needs_disk(self, candidate: Candidate) -> bool:
+        """Whether layers may have to be read from the disk in every step."""
         is_read_again = candidate.layout.layer_slots < self.most_slots
-        needs_disk = self.work.has_device and candidate.host_weights == "mapped" and is_read_again
-        return needs_disk, candidate.peak_bytes, candidate.host_bytes, candidate.time.seconds
+        return self.work.has_device and candidate.host_weights == "mapped" and is_read_again
 
     def _layouts(self) -> list[Layout]:
         """Every combination worth estimating, with the fewest slots."""
@@ -170,7 +177,7 @@ class Search:
                 checkpoints=place,
                 kernels=choose_kernels(self.hardware, memory),
                 offload=offload,
-                has_large_workspace=self.hardware.compute_capability == (9, 0),
+                is_hopper=self.hardware.compute_capability == (9, 0),
             )
             for tokens in self._micro_batch_options()
             for per_visit, tile, place in itertools.product(
@@ -302,6 +309,11 @@ def choose_kernels(hardware: Hardware, memory: MemoryConfig) -> Literal["triton"
     capability = hardware.compute_capability
     can = hardware.has_triton and capability is not None and capability >= (7, 5)
     return "triton" if can else "plain"
+
+
+def _cost(candidate: Candidate) -> tuple[int, int, float]:
+    """What layouts of much the same speed are judged by."""
+    return candidate.peak_bytes, candidate.host_bytes, candidate.time.seconds
 
 
 def _options(setting: int | str, options: tuple[int, ...]) -> tuple[int, ...]:

@@ -30,21 +30,37 @@ from eightgig.memory.workload import Workload
 # and 4,096 tokens on an RTX 4090 (bitsandbytes' streaming analysis). Rates are taken at 2,048.
 GEMM_HALF_TOKENS = 180
 RATE_TOKENS = 2048
-# Share of the GEMM rate that attention reaches, by (kernels, whether head_dim is above 256).
+# Measured rates are those of milliseconds; a step takes seconds, in which the clock comes down: 700
+# of 727 TFLOP/s on an H100. Rates of the table are those of steps.
+SUSTAINED_RATIO = 0.96
+# One of D columns runs at D / (D + 0.68 per TFLOP/s): the faster the card, the more it is held up
+# by filling and draining its tiles. Measured on an H100: 596 TFLOP/s of a step's products in E2B
+# and 700 in 12B. Rates are taken at 3,840.
+GEMM_HALF_COLUMN_SECONDS = 0.68e-12
+RATE_COLUMNS = 3840
+# Share of the GEMM rate that attention reaches, forward and backward together, with head_dim up to
+# 128, up to 256, and above. Hopper's GEMMs gain more from its tensor cores than attention does
+# (measured on an H100 with packed rows of 2,048 tokens); the others are estimates.
 ATTENTION_RATIO = {
-    ("triton", False): 0.45,
-    ("triton", True): 0.22,
-    ("plain", False): 0.15,
-    ("plain", True): 0.08,
+    "hopper": (0.36, 0.27, 0.20),
+    "triton": (0.45, 0.45, 0.22),
+    "plain": (0.15, 0.15, 0.08),
 }
 # Times that norms, rotations and activations read or write a token's columns D + Q + 2 KV + F,
 # in a forward and a backward visit together.
 ELEMENTWISE_PASSES = {"triton": 14.0, "plain": 60.0}
 # Bytes read and written per weight when a layer is dequantised; plain code makes three passes.
 DEQUANT_BYTES = {"triton": 2.52, "plain": 4.8}
-FORWARD_VISIT_SECONDS = 0.0012
-BACKWARD_VISIT_SECONDS = 0.0025
+# Launching the work from Python: a layer's weights, a micro-batch through it, a further tile of its
+# MLP, and a bundle to the host or back. Fitted to steps on an H100 with 16 virtual CPUs, whose
+# launches take longer than the work of small layers.
+OPEN_SECONDS = 0.0005
+FORWARD_SECONDS = 0.0019
+BACKWARD_SECONDS = 0.0031
 TILE_SECONDS = 0.0004
+BUNDLE_SECONDS = 0.0002
+# From the last gradient of a step to the first layer of the next the GPU has nothing to do.
+STEP_SECONDS = 0.025
 # AdamW on the host reads and writes seven float32 numbers per parameter.
 HOST_BYTES_PER_SECOND = 25e9
 GATHER_BYTES_PER_SECOND = 4e9
@@ -62,7 +78,7 @@ class StepTime:
 
     Attributes:
         seconds: In all.
-        compute_seconds: GPU work of the layers and the head.
+        compute_seconds: GPU work of the layers and the head, or launching it where that is longer.
         copy_seconds: Copies between host and device, hidden or not.
         waiting_seconds: Of `seconds`, spent waiting for copies.
         optimizer_seconds: The update.
@@ -97,8 +113,8 @@ def step_time(
     micro_batches = num_micro_batches(work, layout)
     visits = -(-micro_batches // layout.micro_batches_per_visit)
     forward, backward = _layer_seconds(work, layout, rates, tokens / micro_batches)
-    forward, backward = forward * micro_batches, backward * micro_batches
     dequant = _dequant_seconds(work, layout, rates) * visits
+    launching = _launch_seconds(work, layout, micro_batches, visits)
     head = _head_seconds(work, layout, rates, tokens * work.loss_share)
     source = min(rates.host_to_device_bytes_per_second, source_bytes_per_second)
     copies = _copy_seconds(work, layout, rates, source, visits)
@@ -107,10 +123,15 @@ def step_time(
     # pass that follows.
     on_device = is_optimizer_on_device(work)
     beside = _gather_seconds(work, tokens) + (0.0 if on_device else optimizer)
-    computing = (forward + dequant, head, backward + dequant)
+    computing = (
+        max(forward * micro_batches + dequant, launching[0]),
+        head,
+        max(backward * micro_batches + dequant, launching[1]),
+    )
     seconds = max(computing[0], copies[0], beside)
     seconds += max(computing[1], copies[1]) + max(computing[2], copies[2])
     pairs = zip(copies, computing, strict=True)
+    seconds += STEP_SECONDS if work.has_device else 0.0
     return StepTime(
         seconds=seconds + (optimizer if on_device else 0.0),
         compute_seconds=sum(computing),
@@ -174,37 +195,66 @@ def _gemm_ratio(tokens: float) -> float:
     return tokens / (tokens + GEMM_HALF_TOKENS) / best
 
 
+def _gemm_rate(work: Workload, rates: Rates) -> float:
+    """Rate of this model's products, of which D columns are one side."""
+    rate, columns = rates.gemm_flops_per_second, work.decoder.hidden_size
+    half = GEMM_HALF_COLUMN_SECONDS * rate
+    rate *= SUSTAINED_RATIO if rates.is_measured else 1.0
+    return rate * columns / (columns + half) * (RATE_COLUMNS + half) / RATE_COLUMNS
+
+
+def _attention_rate(layer: LayerSize, layout: Layout, rates: Rates) -> float:
+    is_hopper = layout.is_hopper and layout.kernels == "triton"
+    up_to_128, up_to_256, above = ATTENTION_RATIO["hopper" if is_hopper else layout.kernels]
+    head_dim = layer.shape.head_dim
+    ratio = up_to_128 if head_dim <= 128 else up_to_256 if head_dim <= 256 else above
+    return rates.gemm_flops_per_second * ratio
+
+
 def _layer_seconds(
     work: Workload, layout: Layout, rates: Rates, tokens: float
 ) -> tuple[float, float]:
-    """One micro-batch through all layers, forward and backward (recompute included)."""
+    """GPU work of one micro-batch in all layers, forward and backward (recompute included)."""
     tile = min(tokens, layout.mlp_tile_tokens)
-    tiles = -(-int(tokens) // layout.mlp_tile_tokens)
+    rate = _gemm_rate(work, rates)
     forward = backward = 0.0
     for layer in work.layers:
         mlp = layer.shape.intermediate_size * work.decoder.hidden_size * 3
         other = _active_elements(work, layer) - mlp
         lora = sum(group.rank * (group.in_size + group.out_size) for group in layer.groups)
-        rate = rates.gemm_flops_per_second
         # 2 per weight each for forward, recompute and gradient; the adapter's own gradients too.
         once = 2 * tokens * (mlp / _gemm_ratio(tile) + (other + lora) / _gemm_ratio(tokens)) / rate
         adapter = 2 * 2 * tokens * lora / _gemm_ratio(tokens) / rate
         repeated = 2.5 if "attention" in layout.offload else 3.5
         saved = _offloaded_flops_ratio(work, layer, layout.offload) * once
         keys = mean_keys(min(tokens, work.row_tokens), layer.shape.sliding_window)
-        ratio = ATTENTION_RATIO[(layout.kernels, layer.shape.head_dim > 256)]
-        attend = 4 * tokens * layer.query_size * keys / (rate * ratio)
+        attend = 4 * tokens * layer.query_size * keys / _attention_rate(layer, layout, rates)
         columns = work.decoder.hidden_size + layer.query_size + 2 * layer.kv_size
         columns += layer.shape.intermediate_size
+        if work.decoder.ple_size:
+            columns += work.decoder.hidden_size + 2 * work.decoder.ple_size
         touched = tokens * columns * work.element_bytes * ELEMENTWISE_PASSES[layout.kernels]
         passing = touched / rates.memory_bytes_per_second
-        python = TILE_SECONDS * (tiles - 1)
-        forward += layer.count * max(once + attend + passing / 4, FORWARD_VISIT_SECONDS + python)
-        backward += layer.count * max(
-            2 * once - saved + adapter + repeated * attend + passing * 3 / 4,
-            BACKWARD_VISIT_SECONDS + 2 * python,
+        forward += layer.count * (once + attend + passing / 4)
+        backward += layer.count * (
+            2 * once - saved + adapter + repeated * attend + passing * 3 / 4
         )
     return forward, backward
+
+
+def _launch_seconds(
+    work: Workload, layout: Layout, micro_batches: int, visits: int
+) -> tuple[float, float]:
+    """Python's time for a step's layers, forward and backward; the GPU works beside it."""
+    tiles = -(-layout.micro_batch_tokens // layout.mlp_tile_tokens)
+    shared = TILE_SECONDS * (tiles - 1)
+    if layout.checkpoints == "host":
+        shared += BUNDLE_SECONDS
+    forward = OPEN_SECONDS * visits + (FORWARD_SECONDS + shared) * micro_batches
+    # The backward pass computes its tiles forward again.
+    again = TILE_SECONDS * (tiles - 1)
+    backward = OPEN_SECONDS * visits + (BACKWARD_SECONDS + shared + again) * micro_batches
+    return work.num_layers * forward, work.num_layers * backward
 
 
 def _offloaded_flops_ratio(work: Workload, layer: LayerSize, offload: tuple[str, ...]) -> float:
@@ -229,7 +279,7 @@ def _dequant_seconds(work: Workload, layout: Layout, rates: Rates) -> float:
 
 def _head_seconds(work: Workload, layout: Layout, rates: Rates, loss_tokens: float) -> float:
     tile = min(layout.head_tile_tokens, max(1.0, loss_tokens))
-    rate = rates.gemm_flops_per_second * _gemm_ratio(tile)
+    rate = _gemm_rate(work, rates) * _gemm_ratio(tile)
     gemm = loss_tokens * head_flops_per_loss_token(work) / rate
     passes = 1.0 if layout.kernels == "triton" else 5.0
     logits = loss_tokens * work.decoder.vocab_size * (8 + work.element_bytes) * passes

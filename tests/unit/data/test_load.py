@@ -1,6 +1,6 @@
 """Training and held-out rows of a config."""
 
-import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from eightgig.data.checks import check_data
 from eightgig.data.load import limit_length, load_dataset
 from eightgig.data.prepare import Preparation, tokenise
 from eightgig.data.select import select_rows
-from eightgig.data.tokenizer import PLAIN, load_tokenizer, render_settings
+from eightgig.data.tokenizer import PLAIN, render_settings
 from eightgig.errors import DataError
 from tests.chats import make_chat_tokenizer
 from tests.unit.data.rows import chat_row, pair_row, words, write_lines
@@ -398,53 +398,46 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, tokenizer):
     assert "model.cache_dir" in caught.value.fix
 
 
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    config = DataConfig(path=make_file(tmp_path))
+    monkeypatch.setattr("eightgig.data.cache.Path.open", _open_full(Path.open))
+    with pytest.raises(DataError, match="cannot be written") as caught:
+        load_dataset(config, tokenizer, cache_dir=tmp_path / "cache")
+    assert "No space left on device" in caught.value.why
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+class _FullFile:
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+    def close(self):
+        raise OSError(28, "No space left on device")
+
+
+def _open_full(real):
+    def open_file(path, mode="r", *args, **options):
+        return _FullFile() if mode == "wb" else real(path, mode, *args, **options)
+
+    return open_file
+
+
+def test_leftovers_of_programs_that_ended_early_are_deleted(tmp_path, tokenizer):
+    stale, recent = (tmp_path / "cache" / "tokens" / name for name in ("a.1.tmp", "b.2.tmp"))
+    for folder in (stale, recent):
+        folder.mkdir(parents=True)
+    os.utime(stale, (0, 0))
+    load_dataset(DataConfig(path=make_file(tmp_path)), tokenizer, cache_dir=tmp_path / "cache")
+    assert not stale.exists()
+    assert recent.exists()
+
+
 def test_progress_is_told(tmp_path, tokenizer):
     told = []
     config = DataConfig(path=make_file(tmp_path, count=200))
     load_dataset(config, tokenizer, progress=lambda rows, share: told.append((rows, share)))
     assert [rows for rows, _ in told] == [64, 128, 192, 200]
     assert told[-1][1] == 1.0
-
-
-# Tokenizers
-
-
-def save(tokenizer, folder: Path) -> Path:
-    tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    return folder
-
-
-def test_a_tokenizer_is_loaded_from_a_folder(tmp_path, tokenizer):
-    loaded = load_tokenizer(save(tokenizer, tmp_path))
-    assert loaded("Hello")["input_ids"] == tokenizer("Hello")["input_ids"]
-    assert loaded.chat_template == tokenizer.chat_template
-
-
-@pytest.mark.parametrize("source", ["file", "folder", "none"])
-def test_another_template_is_taken(tmp_path, tokenizer, source):
-    folder = save(tokenizer, tmp_path / "model")
-    other = save(make_chat_tokenizer("llama3", "other"), tmp_path / "other")
-    (tmp_path / "t.jinja").write_text("other")
-    name = {"file": str(tmp_path / "t.jinja"), "folder": str(other), "none": PLAIN}[source]
-    expected = None if source == "none" else "other"
-    assert load_tokenizer(folder, name).chat_template == expected
-
-
-def test_a_template_that_is_not_there_is_an_error(tmp_path, tokenizer):
-    folder = save(tokenizer, tmp_path / "model")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="There is no chat template"):
-        load_tokenizer(folder, str(tmp_path / "empty"))
-
-
-def test_the_settings_follow_what_the_model_was_trained_with():
-    bos = {chat: render_settings(make_chat_tokenizer(chat)).bos_id
-           for chat in ("llama3", "qwen3", "smollm2", "mistral")}  # fmt: skip
-    assert bos["llama3"] is not None
-    assert bos["mistral"] is not None
-    # SmolLM2 names <|im_start|> as its beginning token and never begins a text with it.
-    assert bos["qwen3"] is bos["smollm2"] is None
 
 
 def test_boilerplate_is_looked_for_only_where_texts_are(tmp_path, tokenizer):

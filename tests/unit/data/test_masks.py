@@ -554,3 +554,41 @@ def _joined(chat, messages):
         else m
         for m in messages
     ]
+
+
+@pytest.mark.parametrize("answer", ["\n\nHello", "\n\n"])
+def test_a_prompt_keeps_its_tokens_where_the_answer_begins_with_blanks(answer):
+    tokenizer, _, rows, _ = render(
+        "smollm2", {"messages": [user("Hi"), assistant(answer + "!"), user("Bye"), assistant("!")]}
+    )
+    prompt = tokenizer.apply_chat_template(
+        [user("Hi")], add_generation_prompt=True, return_dict=False
+    )
+    first = rows[0]
+    assert first.input_ids[: len(prompt)].tolist() == prompt
+    assert tokenizer.decode(first.input_ids[first.is_trained]) == answer + "!<|im_end|>"
+    assert marked(tokenizer, first).endswith("<|im_end|>⟧\n")
+    # As history the same text is cut otherwise, so the last answer has a row of its own.
+    assert len(rows) == 2
+    whole = tokenizer.apply_chat_template(
+        [user("Hi"), assistant(answer + "!"), user("Bye")],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert rows[1].input_ids[: len(whole)].tolist() == whole
+
+
+def test_a_prompt_of_a_long_text_without_control_tokens_keeps_its_tokens():
+    source = "{% for m in messages %}{{ m.content + ('<|eot_id|>' if loop.index is even else '') }}"
+    source += "{% endfor %}"
+    tokenizer = make_chat_tokenizer("llama3", source)
+    notes = Notes(file="rows.jsonl", line=1)
+    row = {"messages": [user("the question " * 90), assistant("the answer")]}
+    example = read_example(row, RowShape(format="messages", columns={}), notes)
+    rows = Renderer(render_settings(tokenizer)).render(example, notes)
+    assert notes.findings == []
+    (rendered,) = rows
+    prompt = tokenizer("the question " * 90, add_special_tokens=False)["input_ids"]
+    assert rendered.input_ids[: len(prompt)].tolist() == prompt
+    trained = tokenizer.decode(rendered.input_ids[rendered.is_trained])
+    assert trained == "the answer<|eot_id|>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,17 @@ def test_a_4_bit_base_becomes_16_bit_and_says_what_is_lost(family: str, tmp_path
         )
         assert torch.equal(after[name], (numbers[name].float() + 3.0 * (b @ a)).bfloat16())
     assert torch.isfinite(transformers_logits(family, tmp_path / "merged", IDS)).all()
+
+
+def test_no_more_than_a_block_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    base = tiny.make_model("gemma4_e2b", tmp_path / "base", dtype="bfloat16")
+    spec = read_model_spec(base)
+    adapter = write_random_adapter(tmp_path / "adapter", spec)
+    weights = TunedWeights(spec, base, adapter, block_bytes=4096)
+    for name, tensor in spec.tensors.items():
+        if not name.startswith(spec.tensor_prefix):
+            continue
+        blocks = list(weights.blocks(name))
+        assert sum(block.numel() for block in blocks) == max(1, math.prod(tensor.shape))
+        row_bytes = 4 * math.prod(tensor.shape[1:])
+        assert max(4 * block.numel() for block in blocks) <= max(4096, row_bytes)

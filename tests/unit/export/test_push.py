@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import errors
 
+from eightgig.cli.app import main
 from eightgig.errors import ExportError
 from eightgig.export.push import plan_upload, push
 
@@ -58,6 +60,22 @@ def test_exactly_the_listed_files_are_uploaded(adapter: Path) -> None:
     assert settings["exist_ok"] is True
     assert sent["allow_patterns"] == ["adapter_config.json", "model[[]1].safetensors"]
     assert sent["folder_path"] == str(adapter)
+
+
+def test_the_command_shows_and_sends_nothing_unless_asked(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = FakeApi()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    assert main(["push", str(adapter), "me/mine"]) == 0
+    shown = capsys.readouterr().out
+    assert "adapter_config.json" in shown
+    assert "Nothing was sent" in shown
+    assert api.calls == []
+    assert main(["push", str(adapter), "me/mine", "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["address"] == "https://hub/commit/1"
+    assert len(api.calls) == 2
+    assert main(["push", str(adapter), "mine"]) == 2
 
 
 def test_other_folders_and_names_are_refused(tmp_path: Path, adapter: Path) -> None:

@@ -33,6 +33,7 @@ NEW_TOKENS = 14
 class Case:
     """A family's engine, prompts, and what Transformers answers to them."""
 
+    family: str
     engine: engines.Engine
     folder: Path
     prompts: list[list[int]]
@@ -64,7 +65,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     oracle = engines.make_oracle(request.param, folder, engine)
     prompts = _prompts(engine.spec, LENGTHS)
     answers = [_greedy(oracle, prompt) for prompt in prompts]
-    return Case(engine, folder, prompts, answers)
+    return Case(request.param, engine, folder, prompts, answers)
 
 
 def _forbid_stops(case: Case) -> Any:
@@ -114,15 +115,18 @@ def test_answers_are_the_same_through_two_poisoned_slots(case: Case, tmp_path: P
 
 
 def test_the_base_model_answers_when_the_adapter_is_off(case: Case) -> None:
+    rows = engines.random_rows(case.engine.spec, [9])
+    tuned_logits = engines.engine_logits(case.engine, rows)
     case.engine.model.use_adapter(False)
     try:
         ours = _answers(case, case.engine.model, case.prompts[:2])
+        base_logits = engines.engine_logits(case.engine, rows)
     finally:
         case.engine.model.use_adapter(True)
-    family = case.folder.parent.name.rstrip("0123456789")
-    base = tiny.load_reference(family, case.folder)
+    base = tiny.load_reference(case.family, case.folder)
     assert ours == [_greedy(base, prompt) for prompt in case.prompts[:2]]
-    assert ours != case.answers[:2]
+    # Tiny models may like the same tokens with and without an adapter; their logits differ.
+    assert not torch.allclose(tuned_logits, base_logits, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")

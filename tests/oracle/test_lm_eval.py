@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,21 +89,26 @@ def test_loglikelihoods_are_the_harness_own(ours: Any, theirs: Any) -> None:
     assert [greedy for _, greedy in found] == [bool(greedy) for _, greedy in expected]
 
 
-def test_greedy_continuations_are_known_as_such(ours: Any) -> None:
-    context = "which colour has sky?"
-    settings = {"until": [], "max_gen_toks": 3}
-    answer = ours.generate_until(_requests("generate_until", [(context, settings)]))[0]
-    pairs = [(context, answer), (context, "zzz")]
-    found = ours.loglikelihood(_requests("loglikelihood", pairs), disable_tqdm=True)
-    assert [greedy for _, greedy in found] == [True, False]
+def test_one_token_is_the_likeliest_and_all_together_are_certain(ours: Any) -> None:
+    context = ours.tok_encode("which colour has sky?")
+    requests = [(("", ""), context, [token]) for token in range(len(ours.tokenizer))]
+    found = ours._loglikelihood_tokens(requests)
+    values = [value for value, _ in found]
+    assert [place for place, (_, greedy) in enumerate(found) if greedy] == [
+        values.index(max(values))
+    ]
+    assert 0.9 < sum(map(math.exp, values)) < 1.001  # the vocabulary has a few more rows
 
 
-def test_rolling_loglikelihoods_are_the_harness_own(ours: Any, theirs: Any) -> None:
+def test_rolling_loglikelihoods_are_the_harness_own(
+    ours: Any, theirs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     requests = _requests("loglikelihood_rolling", [(text,) for text in TEXTS])
     # Ours keeps one token less: its windows hold context and all that is predicted.
-    theirs._max_length = ours.max_length - 1
+    monkeypatch.setattr(theirs, "_max_length", ours.max_length - 1)
+    # Theirs would predict a second beginning of the text from the first.
+    monkeypatch.setattr(theirs, "add_bos_token", False)
     expected = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
-    theirs._max_length = ours.max_length
     assert ours.loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-4)
 
 

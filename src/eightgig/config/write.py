@@ -33,7 +33,11 @@ def write_config(config: Config) -> str:
         group: {name: _plain(value) for name, value in fields.items()}
         for group, fields in groups.items()
     }
-    return _RUN_HEADER + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    if yaml.safe_load(text) != plain:
+        # Some characters count as line breaks unless they are written as numbers (U+0085).
+        text = yaml.safe_dump(plain, sort_keys=False, width=100)
+    return _RUN_HEADER + text
 
 
 def example_config(values: Mapping[str, object], notes: tuple[str, ...] = ()) -> str:

@@ -41,6 +41,7 @@ def check_architecture(spec: ModelSpec) -> tuple[Finding, ...]:
         ExportError: It cannot compute this decoder at all.
     """
     decoder = spec.decoder
+    _check_yarn(spec)
     if spec.family == "gemma3":
         _check_gemma3(spec)
     if spec.family == "gemma4":
@@ -125,7 +126,6 @@ def _add_rope_scaling(writer: GGUFWriter, rope: RopeSpec) -> None:
         writer.add_rope_scaling_factor(float(values["factor"]))
         writer.add_rope_scaling_orig_ctx_len(int(values["original_max_position_embeddings"]))
         adders = {
-            "attention_factor": writer.add_rope_scaling_yarn_attn_factor,
             "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
             "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
         }
@@ -158,6 +158,25 @@ def _add_gemma4(writer: GGUFWriter, decoder: DecoderSpec) -> None:
     writer.add_value_length_swa(sliding.head_dim)
     writer.add_rope_dimension_count(full.head_dim)
     writer.add_rope_dimension_count_swa(int(sliding.head_dim * sliding.rope.partial_factor))
+
+
+def _check_yarn(spec: ModelSpec) -> None:
+    """llama.cpp computes YaRN's factor of the attention itself, from the factor of the context."""
+    rope = _full_layer(spec.decoder).rope
+    if rope.kind != "yarn":
+        return
+    values = rope.parameters
+    usual = 1 + 0.1 * math.log(float(values["factor"]))
+    given = values.get("attention_factor")
+    is_usual = given is None or math.isclose(float(given), usual, rel_tol=1e-4)
+    other = [name for name in ("mscale", "mscale_all_dim") if values.get(name)]
+    if is_usual and not other and values.get("truncate", True) is not False:
+        return
+    raise ExportError(
+        f"{spec.name} cannot be written as a GGUF: its YaRN has settings of its own.",
+        why="llama.cpp computes YaRN with the usual attention_factor, mscale and truncate.",
+        fix="Use --to merged.",
+    )
 
 
 def _check_gemma3(spec: ModelSpec) -> None:

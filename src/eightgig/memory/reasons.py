@@ -158,7 +158,7 @@ def _offload(problem: Problem, solution: Solution) -> Choice:
         size = format_bytes(estimate.offload_bytes(solution.work, solution.best.layout))
         reason = f"{size} wait in pinned memory instead of being recomputed; the link has time"
     elif solution.best.layout.checkpoints == "device":
-        reason = "outputs are kept where layer inputs wait, and the device has no room for both"
+        reason = "outputs would wait where layer inputs do: on the device, at its memory's cost"
     else:
         reason = "every output is recomputed: keeping one is hardly faster, or does not fit"
     return Choice(

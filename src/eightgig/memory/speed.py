@@ -236,9 +236,7 @@ def _layer_seconds(
         touched = tokens * columns * work.element_bytes * ELEMENTWISE_PASSES[layout.kernels]
         passing = touched / rates.memory_bytes_per_second
         forward += layer.count * (once + attend + passing / 4)
-        backward += layer.count * (
-            2 * once - saved + adapter + repeated * attend + passing * 3 / 4
-        )
+        backward += layer.count * (2 * once - saved + adapter + repeated * attend + passing * 3 / 4)
     return forward, backward
 
 

@@ -126,6 +126,10 @@ class Workload:
         """Tokens of an ordinary optimizer step."""
         return self.rows_per_step * self.row_tokens
 
+    def most_rows(self, micro_batch_tokens: int) -> int:
+        """Most rows that can share a micro-batch: all of a step, if they are short."""
+        return min(self.rows_per_step, micro_batch_tokens) if self.is_packed else 1
+
 
 def build_workload(
     spec: ModelSpec | DecoderSpec,

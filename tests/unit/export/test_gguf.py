@@ -248,6 +248,32 @@ def test_what_llama_cpp_does_not_compute_is_refused_or_said(tmp_path: Path) -> N
     assert check_architecture(read_model_spec(make("gemma4_31b", tmp_path / "gemma4"))) == ()
 
 
+@pytest.mark.parametrize(
+    ("setting", "is_refused"), [({}, False), ({"attention_factor": 1.3}, True)]
+)
+def test_yarn_is_written_with_its_usual_attention_factor_only(
+    setting: dict[str, float], is_refused: bool, tmp_path: Path
+) -> None:
+    rope = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 64, **setting,
+    }  # fmt: skip
+    base = tiny.make_model(
+        "qwen3",
+        tmp_path / "base",
+        text_settings={"rope_parameters": rope, "max_position_embeddings": 256},
+    )
+    if is_refused:
+        with pytest.raises(ExportError, match="YaRN"):
+            check_architecture(read_model_spec(base))
+        return
+    assert check_architecture(read_model_spec(base)) == ()
+    found = values(write(base, tmp_path))
+    assert found["qwen3.rope.scaling.type"] == "yarn"
+    assert found["qwen3.rope.scaling.factor"] == 4.0
+    assert found["qwen3.rope.scaling.original_context_length"] == 64
+
+
 def test_other_types_need_llama_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gguf.require_type("Q8_0") == "q8_0"

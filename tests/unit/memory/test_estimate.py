@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -77,8 +78,8 @@ def test_checkpoints_on_the_device_are_every_layer_s_input() -> None:
 
 def test_hidden_states_count_once_for_the_whole_visit() -> None:
     tokens = 2 * 1024
-    stream, labelled, rotary = 512 * 2, 512 * 2, 4 * 64
-    assert _items()["hidden"] == tokens * (stream + labelled + rotary + estimate.INDEX_BYTES)
+    stream, rotary = 512 * 2, 4 * 64
+    assert _items()["hidden"] == tokens * (stream + rotary + estimate.INDEX_BYTES)
 
 
 def test_what_attention_keeps_is_its_inputs_and_outputs() -> None:
@@ -88,11 +89,28 @@ def test_what_attention_keeps_is_its_inputs_and_outputs() -> None:
     assert kept == 1024 * (2 * columns + 4 * 4)
 
 
-def test_a_tile_s_forward_keeps_what_its_backward_needs() -> None:
+def test_a_tile_is_its_forward_pass_and_its_backward_pass_with_it() -> None:
     work = cases.workload(SMALL)
-    kept, added = estimate.mlp_tile_bytes(work, work.layers[0], LAYOUT)
-    assert kept == 512 * 2 * ((512 + 32) + 2 * 1024 + (1024 + 16) + 512 + 512)
-    assert added == 512 * 2 * (512 + (512 + 16) + 1024 + (2 * 1024 + 32))
+    forward, backward = estimate.mlp_tile_bytes(work, work.layers[0], LAYOUT)
+    both = (512 + 32) + 2 * 1024 + (1024 + 16) + 512
+    assert forward == 512 * 2 * (both + 512)
+    assert backward == 512 * 2 * (both + 512 + 1024 + (2 * 1024 + 32))
+
+
+def test_tiles_of_a_micro_batch_are_of_one_size() -> None:
+    assert LAYOUT.mlp_tile_size == 512
+    assert dataclasses.replace(LAYOUT, mlp_tile_tokens=1000).mlp_tile_size == 512
+    assert dataclasses.replace(LAYOUT, mlp_tile_tokens=400).mlp_tile_size == 342
+    assert dataclasses.replace(LAYOUT, mlp_tile_tokens=9000).mlp_tile_size == 1024
+
+
+def test_the_backward_pass_counts_the_results_of_earlier_tiles() -> None:
+    work, layout = cases.workload(SMALL), dataclasses.replace(LAYOUT, mlp_tile_tokens=256)
+    layer = work.layers[0]
+    saved = estimate.attention_saved_bytes(work, layer, layout)
+    _, backward = estimate.mlp_tile_bytes(work, layer, layout)
+    parts = 1024 * 512 * 2 + 768 * 512 * 2
+    assert estimate.mlp_visit_bytes(work, layer, layout) == saved + parts + backward
 
 
 def test_the_head_takes_states_sums_and_one_tile_of_logits() -> None:
@@ -100,14 +118,19 @@ def test_the_head_takes_states_sums_and_one_tile_of_logits() -> None:
     many = dataclasses.replace(LAYOUT, head_tile_tokens=2048)
     work = cases.workload(SMALL)
     rows, tokens = estimate.head_chunk_rows(work), 2 * 1024
-    kept = tokens * 512 * (2 * 2 + 4)
-    assert estimate.head_bytes(work, few) == kept + 64 * rows * 6
-    assert estimate.head_bytes(work, many) == kept + tokens * rows * 6
+    kept = tokens * 512 * (3 * 2 + 4) + 1024 * 512 * 2
+    leaving = 2 * 1024 * 512 * 2
+    assert estimate.head_bytes(work, few) == leaving + kept + 64 * rows * 6
+    assert estimate.head_bytes(work, many) == leaving + kept + tokens * rows * 6
+    device = dataclasses.replace(many, checkpoints="device")
+    assert estimate.head_bytes(work, device) == kept + tokens * rows * 6
 
 
 def test_few_labels_leave_the_gradient_of_all_hidden_states() -> None:
     work = dataclasses.replace(cases.workload(SMALL), step_loss_tokens=1)
-    assert estimate.head_bytes(work, LAYOUT) == 2 * 1024 * 512 * 2
+    device = dataclasses.replace(LAYOUT, checkpoints="device")
+    labelled = 512 * 2
+    assert estimate.head_bytes(work, device) == 2 * 1024 * 512 * 2 + 3 * labelled
 
 
 def test_the_optimizer_on_the_host_takes_two_buffers_of_a_layer_s_gradients() -> None:
@@ -153,7 +176,7 @@ def test_shared_keys_and_values_and_their_gradients_count_for_all_micro_batches(
     more = estimate.hidden_bytes(work, LAYOUT) - estimate.hidden_bytes(work, one)
     shared = 2 * (256 + 512) * (2 + 4)  # K and V of a sliding and a global producer
     width = 35 * 256 * 2
-    assert more == 1024 * (2 * 1536 * 2 + 4 * (256 + 512) + shared + width + estimate.INDEX_BYTES)
+    assert more == 1024 * (1536 * 2 + 4 * (256 + 512) + shared + width + estimate.INDEX_BYTES)
 
 
 def test_items_add_up_to_the_worst_phase() -> None:
@@ -207,6 +230,31 @@ def test_kept_outputs_wait_on_the_host_and_in_buffers(name: str) -> None:
     assert host["offload"] == estimate.offload_bytes(work, kept)
     more = _items(kept)["checkpoints"] - _items()["checkpoints"]
     assert more == 3 * 1024 * columns * 2
+    assert estimate.leaving_bytes(work, kept) == 2 * 1024 * (512 + columns) * 2
+
+
+def test_what_comes_back_from_the_host_is_not_made_again() -> None:
+    work = cases.workload(SMALL)
+    layer = work.layers[0]
+    kept = dataclasses.replace(LAYOUT, offload=("down_proj", "o_proj", "attention"))
+
+    def less(visit: Callable[..., int]) -> int:
+        return visit(work, layer, LAYOUT) - visit(work, layer, kept)
+
+    attention = 1024 * (512 * 2 + (256 + 16) * 2 + 4 * 4)
+    assert less(estimate.attention_visit_bytes) == attention
+    assert less(estimate.mlp_visit_bytes) == attention + 512 * 512 * 2
+    assert less(estimate.forward_visit_bytes) < 0
+
+
+def test_packed_rows_take_more_in_flash_attention_and_a_row_alone_does_not() -> None:
+    layout = dataclasses.replace(LAYOUT, micro_batch_tokens=4096)
+    packed = cases.workload(SMALL)
+    alone = cases.workload(SMALL, data={"packing": False})
+    more = [
+        estimate.attention_workspace_bytes(work, work.layers[0], layout) for work in (packed, alone)
+    ]
+    assert more[0] - more[1] == 4 * 128 * (8 - 1) * 256
 
 
 def test_mapped_layers_take_no_host_memory_of_their_own() -> None:

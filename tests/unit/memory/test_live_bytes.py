@@ -72,23 +72,25 @@ class Case:
 
 ALL_OUTPUTS = ("down_proj", "o_proj", "attention")
 # How much more than is taken may be predicted. Fused layers are known to a few hundredths;
-# per-layer inputs and shared keys are counted as if all their moments fell together; plain code is
-# bounded, not counted.
+# per-layer inputs and shared keys are counted as if all their moments fell together; dropout and
+# plain code are bounded, not counted. With few labels the head, with kept outputs the forward pass
+# needs the most.
 CASES = (
-    (Case(family="llama"), 1.1),
-    (Case(family="gemma4_12b"), 1.1),
-    (Case(family="gemma4_e2b"), 1.25),
-    (Case(family="llama", row_tokens=48, micro_batches=16), 1.1),
-    (Case(family="llama", row_tokens=48, micro_batches=16, loss_share=0.25), 1.1),
+    (Case(family="llama"), 1.02),
+    (Case(family="gemma4_12b"), 1.02),
+    (Case(family="gemma4_e2b"), 1.2),
+    (Case(family="llama", row_tokens=48, micro_batches=16), 1.01),
+    (Case(family="llama", row_tokens=48, micro_batches=16, loss_share=0.25), 1.08),
     (Case(family="llama", dropout=0.1), 1.1),
-    (Case(family="llama", checkpoints="host"), 1.1),
-    (Case(family="llama", checkpoints="host", offload=("down_proj", "o_proj")), 1.1),
-    (Case(family="llama", checkpoints="host", offload=ALL_OUTPUTS), 1.1),
-    (Case(family="gemma4_12b", checkpoints="host", offload=ALL_OUTPUTS), 1.1),
-    (Case(family="gemma4_12b", checkpoints="host", offload=ALL_OUTPUTS, mlp_tile_tokens=24), 1.1),
-    (Case(family="gemma4_e2b", checkpoints="host", offload=("down_proj",)), 1.25),
-    (Case(family="llama", row_tokens=48, micro_batches=16, checkpoints="host"), 1.1),
-    (Case(family="llama", offload=ALL_OUTPUTS), 1.1),
+    (Case(family="llama", checkpoints="host"), 1.03),
+    (Case(family="llama", checkpoints="host", offload=("down_proj", "o_proj")), 1.03),
+    (Case(family="llama", checkpoints="host", offload=ALL_OUTPUTS), 1.03),
+    (Case(family="llama", checkpoints="host", offload=ALL_OUTPUTS, loss_share=0.1), 1.05),
+    (Case(family="gemma4_12b", checkpoints="host", offload=ALL_OUTPUTS), 1.05),
+    (Case(family="gemma4_12b", checkpoints="host", offload=("o_proj",), mlp_tile_tokens=400), 1.05),
+    (Case(family="gemma4_e2b", checkpoints="host", offload=("down_proj",)), 1.1),
+    (Case(family="llama", row_tokens=48, micro_batches=16, checkpoints="host"), 1.01),
+    (Case(family="llama", offload=ALL_OUTPUTS), 1.02),
     (Case(family="llama", kernels="plain"), 1.6),
     (Case(family="gemma4_e2b", kernels="plain"), 1.6),
     (Case(family="llama", kernels="plain", dropout=0.1), 1.8),
@@ -268,6 +270,4 @@ def test_the_engine_stays_below_the_estimate_and_near_it(
         # The inside of an attention kernel is not seen, so it must not be counted.
         monkeypatch.setattr(estimate, "attention_workspace_bytes", lambda *_: 0)
     predicted = _predict(case, spec)
-    w, l = _workload(case, spec), case.layout
-    print("RATIO", case, predicted/measured, {f: max(getattr(estimate, f)(w, x, l) for x in w.layers) for f in ("attention_visit_bytes","mlp_visit_bytes","forward_visit_bytes")}, estimate.head_bytes(w, l), estimate.embedding_bytes(w, l))
-    assert measured <= predicted <= most * measured
+    assert measured <= predicted <= most * measured, predicted / measured

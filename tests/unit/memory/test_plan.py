@@ -155,7 +155,7 @@ def test_a_budget_beyond_the_card_does_not_fit() -> None:
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        ({"offload": ("down_proj",)}, "memory.offload: down_proj"),
+        ({"offload": ("down_proj", "gate_proj")}, "memory.offload: gate_proj"),
         ({"layer_slots": 1}, "memory.layer_slots is 1"),
         ({"micro_batch_tokens": 512}, "memory.micro_batch_tokens is 512"),
     ],
@@ -167,10 +167,41 @@ def test_settings_that_cannot_be_are_refused(memory: dict[str, Any], message: st
     assert caught.value.fix
 
 
-def test_no_output_is_kept_and_the_reason_is_said() -> None:
+def test_outputs_are_kept_where_the_link_has_time_and_the_reason_is_said() -> None:
     plan = _plan()
+    assert plan.checkpoints == "host"
+    assert plan.offload == ("down_proj", "o_proj", "attention")
+    value, reason, rejected = _choice(plan, "offload")
+    assert value == "down_proj, o_proj, attention"
+    assert "instead of being recomputed" in reason
+    assert rejected.endswith("slower") or "more" in rejected
+    assert plan.host_breakdown["offload"] > GIB
+
+
+def test_no_output_is_kept_over_a_slow_link_and_the_reason_is_said() -> None:
+    slow = cases.rates(
+        host_to_device_bytes_per_second=5e8,
+        device_to_host_bytes_per_second=5e8,
+        both_ways_bytes_per_second=5e8,
+    )
+    plan = _plan(machine=cases.card(rates=slow), memory={"checkpoints": "host"})
     assert plan.offload == ()
-    assert "recomputed" in _choice(plan, "offload")[1]
+    value, reason, rejected = _choice(plan, "offload")
+    assert value == "none"
+    assert "recomputed" in reason
+    assert rejected.startswith("down_proj")
+
+
+def test_no_output_is_kept_beside_layer_inputs_on_the_device() -> None:
+    plan = _plan("E2B", memory={"checkpoints": "device"})
+    assert plan.offload == ()
+    assert "on the device" in _choice(plan, "offload")[1]
+
+
+def test_outputs_that_are_set_are_kept() -> None:
+    plan = _plan(memory={"offload": ("o_proj",)})
+    assert plan.offload == ("o_proj",)
+    assert _choice(plan, "offload")[1] == "set in the config"
 
 
 def test_known_rows_make_the_plan_smaller_and_give_a_time() -> None:

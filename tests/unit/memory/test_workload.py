@@ -34,6 +34,13 @@ def test_bounds_of_the_rows_limit_a_step() -> None:
     assert work.mean_step_tokens == pytest.approx(8 * (230 / 21))
 
 
+def test_all_rows_of_a_step_may_share_a_micro_batch() -> None:
+    work = cases.workload(cases.small_decoder(), max_length=100)
+    assert [work.most_rows(tokens) for tokens in (3, 100, 1000)] == [3, 8, 8]
+    alone = cases.workload(cases.small_decoder(), max_length=100, data={"packing": False})
+    assert alone.most_rows(100) == 1
+
+
 def test_rows_cut_to_max_length_do_not_count_as_long_as_they_were() -> None:
     rows = RowLengths(longest_tokens=900, mean_tokens=400.0, num_rows=3)
     work = build_workload(cases.small_decoder(), cases.config(), max_length=128, rows=rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -235,12 +236,12 @@ def test_only_unquantised_weights_by_the_base_option_are_another_base(
 def test_what_cannot_be_loaded_names_the_loaders_reason(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(job: page._Job, prepared: page._Prepared, output: page.OutputFolder) -> None:
-        steps[1](job, prepared, output)
+    def write(job: page.Job, prepared: page.Prepared, output: page.OutputFolder) -> None:
+        form.write(job, prepared, output)
         (output.path / "model.safetensors").write_bytes(b"12345678")
 
-    steps = page._STEPS["merged"]
-    monkeypatch.setitem(page._STEPS, "merged", (steps[0], write, steps[2]))
+    form = page.FORMS["merged"]
+    monkeypatch.setattr(page, "FORMS", {"merged": replace(form, write=write)})
     error = fails(run, ExportOptions(kind="merged"), ExportError)
     assert "Transformers cannot load it" in error.message
 

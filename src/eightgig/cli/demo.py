@@ -59,7 +59,7 @@ def demo_config(output_dir: Path) -> Config:
         data=DataConfig(path=str(demo_data_path()), held_out=HELD_OUT_ROWS),
         lora=LoraConfig(r=16, lora_alpha=32),
         # A model this small wants twenty times the learning rate of a large one.
-        train=TrainConfig(num_train_epochs=3, learning_rate=6e-3, warmup_ratio=0.05),
+        train=TrainConfig(num_train_epochs=4, learning_rate=5e-3, warmup_ratio=0.05),
         run=RunConfig(name=name, output_dir=str(output_dir), eval_steps=73, save_epochs=False),
     )
 

@@ -196,7 +196,8 @@ def _notice_text(item: object) -> Text:
 
 
 def _values(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_name(name)} {_value(name, value)}" for name, value in values.items())
+    known = ((name, value) for name, value in values.items() if value is not None)
+    return ", ".join(f"{_name(name)} {_value(name, value)}" for name, value in known)
 
 
 def _name(name: str) -> str:

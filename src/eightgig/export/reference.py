@@ -8,7 +8,7 @@ equal up to rounding. The first is there always, the second costs the disk a cop
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +42,11 @@ NUM_ANSWER_TOKENS = 16
 _MOST_PROMPT_TOKENS = 512
 _MOST_LOSS_TOKENS = 200_000
 _PLACEHOLDER = re.compile(r"(image|video|audio|boi|eoi|boa|eoa)_token_(id|index)")
+_ARITHMETIC: Mapping[str, Precision] = {
+    "float32": "float32",
+    "float16": "16 bit",
+    "bfloat16": "bfloat16",
+}
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # For runs whose data cannot be read any more.
 _OWN_QUESTIONS = (
@@ -252,7 +257,7 @@ def _ask_together(
 
 
 def _arithmetic(plan: Plan) -> Precision:
-    return "float32" if plan.compute_dtype == "float32" else "16 bit"
+    return _ARITHMETIC[plan.compute_dtype]
 
 
 def _row_prompts(planned: PlannedRows) -> tuple[tuple[tuple[int, ...], ...], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +48,12 @@ from eightgig.units import format_bytes
 
 Observe = Callable[[object], None]
 
+_GGUF_PRECISIONS: Mapping[str, Precision] = {
+    "f32": "float32",
+    "f16": "16 bit",
+    "bf16": "bfloat16",
+    "q8_0": "8 bit",
+}
 # The base model and the data of the training give the loss that the run wrote down, up to the
 # arithmetic of another device.
 _LOSS_TOLERANCE = 0.02
@@ -200,12 +206,8 @@ def verify_gguf(
 
 
 def gguf_precision(kind: str) -> Precision:
-    """How coarse weights of a GGUF type are."""
-    if kind == "f32":
-        return "float32"
-    if kind in ("f16", "bf16"):
-        return "16 bit"
-    return "8 bit" if kind == "q8_0" else "4 bit"
+    """How coarse a GGUF type is, as llama.cpp computes with it."""
+    return _GGUF_PRECISIONS.get(kind, "4 bit")
 
 
 def unverified_finding(verification: Verification) -> Finding:

@@ -109,10 +109,10 @@ def device_bytes(work: Workload, layout: Layout) -> dict[str, int]:
         "mlp": max(0, mlp - attention),
         "head": max(0, outside - max(attention, mlp)),
     }
-    changing = ("hidden", "attention", "mlp", "head")
+    changing = sum(items[name] for name in ("hidden", "attention", "mlp", "head"))
     if layout.checkpoints == "host":
-        changing += ("checkpoints",)
-    items["allocator_slack"] = slack_bytes(work, layout, sum(items[name] for name in changing))
+        changing += items["checkpoints"]
+    items["allocator_slack"] = slack_bytes(work, layout, changing)
     return items
 
 

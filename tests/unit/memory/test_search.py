@@ -4,7 +4,13 @@ from typing import Any
 import pytest
 
 from eightgig.memory.problem import read_problem, search_for
-from eightgig.memory.search import DISK_WORTH_RATIO, WORTH_RATIO, Search, choose_kernels
+from eightgig.memory.search import (
+    DISK_WORTH_RATIO,
+    SLOT_WORTH_RATIO,
+    WORTH_RATIO,
+    Search,
+    choose_kernels,
+)
 from eightgig.units import GIB
 from tests.unit.memory import cases
 
@@ -41,12 +47,12 @@ def test_where_nothing_fits_the_least_is_returned() -> None:
 
 def test_outputs_are_kept_where_the_link_has_time_and_memory_allows() -> None:
     machine = cases.card(host_total_bytes=96 * GIB, host_free_bytes=90 * GIB)
-    search = dataclasses.replace(_search(machine=machine), offloads=OFFLOADS)
-    best, _ = search.run()
+    outputs = dataclasses.replace(_search(machine=machine), offloads=OFFLOADS)
+    best, _ = outputs.run()
     assert best.layout.offload[:2] == ("down_proj", "o_proj")
     assert best.layout.checkpoints == "host"
     assert best.host["offload"] > 0
-    recomputing, _ = dataclasses.replace(search, offloads=()).run()
+    recomputing, _ = dataclasses.replace(outputs, offloads=()).run()
     assert best.time.seconds < 0.95 * recomputing.time.seconds
 
 
@@ -81,7 +87,7 @@ def test_slots_grow_only_while_they_make_a_step_faster() -> None:
     best, _ = _search(machine=cases.card(rates=rates), train=train).run()
     more = dataclasses.replace(best.layout, layer_slots=best.layout.layer_slots + 5)
     search = _search(machine=cases.card(rates=rates), train=train)
-    assert search.candidate(more).time.seconds >= best.time.seconds / 1.04
+    assert search.candidate(more).time.seconds >= best.time.seconds / SLOT_WORTH_RATIO
 
 
 def test_the_disk_is_avoided_where_main_memory_allows() -> None:
@@ -89,6 +95,11 @@ def test_the_disk_is_avoided_where_main_memory_allows() -> None:
     assert best.host_weights == "pinned"
     from_disk = [c.time.seconds for c in candidates if c.fits and c.host_weights == "mapped"]
     assert best.time.seconds / DISK_WORTH_RATIO < min(from_disk) < best.time.seconds
+
+
+def test_the_disk_is_used_where_it_gains_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eightgig.memory.search.DISK_WORTH_RATIO", 1.0)
+    assert _search("31B").run()[0].host_weights == "mapped"
 
 
 @pytest.mark.parametrize(

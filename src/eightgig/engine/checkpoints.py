@@ -35,6 +35,9 @@ class Waiting(Protocol):
     def read(self, keys: Sequence[BundleKey]) -> Iterator[dict[str, Tensor]]:
         """The bundles of `keys`; each is valid until the next is asked for."""
 
+    def settle(self) -> None:
+        """Hold nothing on the device that need not be there."""
+
     def clear(self) -> None:
         """Forget everything."""
 
@@ -53,6 +56,9 @@ class DeviceWaiting:
         """Give the references up one by one."""
         for key in keys:
             yield self._bundles.pop(key)
+
+    def settle(self) -> None:
+        """They stay."""
 
     def clear(self) -> None:
         """Forget everything."""
@@ -128,6 +134,11 @@ class HostWaiting:
             free[number % len(buffers)] = done
             if number + _READS_AHEAD < len(bundles):
                 start(number + _READS_AHEAD)
+
+    def settle(self) -> None:
+        """Let go of every tensor that is being copied, once it has arrived."""
+        while self._writing:
+            self._finish_write()
 
     def clear(self) -> None:
         """Forget what waits; the host memory is kept for the next step."""

@@ -110,6 +110,7 @@ class StreamedHead:
                 index = device_order[int(first) : int(last)]
                 rows = weight.index_select(0, device_labels.index_select(0, index) - start)
                 state.label_rows.index_copy_(0, index, rows.to(hidden.dtype))
+                del rows
             weight = weight.to(hidden.dtype)
             for tile in _tiles(n, self.chunks.tile_tokens):
                 self._visit(state, hidden, weight, device_labels, tile, start)

@@ -217,6 +217,7 @@ class Model:
         self._start(self._training_visits)
         hidden, batches = self._embed(inputs)
         self._forward(hidden, batches, keeps=True)
+        self._waiting.settle()
         losses, grads = self._head_pass(hidden, batches, grad_scale=1.0 / loss_tokens)
         hidden.clear()
         keys = [
@@ -297,6 +298,7 @@ class Model:
         for part, states, batch in zip(labelled.split(sizes), hidden, batches, strict=True):
             rows = states.index_select(0, batch.label_index)
             self._ops.rms_norm(rows, self._final_norm, self.decoder.rms_norm_eps, out=part)
+            del rows
         labels = np.concatenate([batch.labels for batch in batches])
         return self._head.cross_entropy(self.ring, labelled, labels, grad_scale=grad_scale)
 

@@ -74,8 +74,8 @@ _TOLERANCES: Mapping[Precision, Tolerance] = {
     ),
     "16 bit": Tolerance(divergence=0.02, margin=0.25, reason="numbers of 16 bits are rounded"),
     "8 bit": Tolerance(divergence=0.05, margin=0.5, reason="weights of 8 bits are rounded"),
-    # llama.cpp multiplies bfloat16 weights with inputs rounded to bfloat16, as GPUs do: SmolLM2-135M
-    # diverges by 0.06 nats from float32 (2026-11), q8_0 by less.
+    # llama.cpp multiplies bfloat16 weights with inputs rounded to bfloat16, as GPUs do:
+    # SmolLM2-135M diverges by 0.06 nats from float32 (2026-11), q8_0 by less.
     "bfloat16": Tolerance(
         divergence=0.2, margin=1.0, reason="products are computed in bfloat16, with 8 bits"
     ),

@@ -198,3 +198,19 @@ def test_8_bit_optimizers_train_and_resume(folder: Path, tmp_path: Path, optim: 
     whole, parts = results
     for tensor_name, tensor in whole.items():
         assert torch.equal(parts[tensor_name], tensor), tensor_name
+
+
+def test_a_trial_of_the_longest_rows_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    adapters = []
+    for name in ("without", "with"):
+        config = _config(folder, tmp_path / name)
+        config = replace(config, train=replace(config.train, trial=name == "with"))
+        _finish(finetune(config))
+        run = tmp_path / name / "runs/run"
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        trials = [event["values"] for event in events if event["kind"] == "trial"]
+        assert len(trials) == (1 if name == "with" else 0)
+        assert all(trial["loss"] > 0 and trial["grad_norm"] > 0 for trial in trials)
+        adapters.append(load_file(run / "adapter/adapter_model.safetensors"))
+    for tensor_name, tensor in adapters[0].items():
+        assert torch.equal(adapters[1][tensor_name], tensor), tensor_name

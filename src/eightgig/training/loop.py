@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from eightgig.config import AUTO, Config
-from eightgig.data.batches import Dataset
+from eightgig.data.batches import Dataset, pack_rows
 from eightgig.engine.assemble import Engine
 from eightgig.errors import DoesNotFitError
 from eightgig.evaluation.loss import HeldOutLoss, measure_loss
@@ -54,6 +55,7 @@ from eightgig.training.step import (
 Observe = Callable[[object], None]
 _EVALUATIONS_PER_RUN = 10
 _COMPARED_STEPS = 6
+_TRIAL_RUN_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,8 @@ class _Session:
     def begin(self) -> None:
         """Measure the untouched model, or say where the run goes on."""
         if self._state.step == 0:
+            if self._wants_trial():
+                self._try_longest_rows()
             self.evaluate(0)
         else:
             self._say(self._state.step, "resume", {"rows_seen": self._state.rows_seen})
@@ -157,7 +161,7 @@ class _Session:
         if step < self._schedule.total_steps:
             self._next = self._prepare(step + 1)
         rate = learning_rate(step, self._schedule.total_steps, train)
-        loss, norm = self._run(prepared)
+        loss, norm = self._run(prepared, again=self._prepare)
         judgement = judge_gradient(self._state.guards, step=step, loss=loss, grad_norm=norm)
         if judgement.action is None and wants_layers(judgement.memory):
             norms = linear_norms(self._engine)
@@ -187,17 +191,23 @@ class _Session:
             seconds=seconds,
         )
 
-    def _run(self, prepared: PreparedStep) -> tuple[float, float]:
+    def _run(
+        self, prepared: PreparedStep, *, again: Callable[[int], PreparedStep]
+    ) -> tuple[float, float]:
         """Loss and gradient norm of a step; out of memory, the same step a rung further down.
 
         Nothing but gradients has changed when memory runs out, and they start from zero again.
+
+        Args:
+            prepared: The step.
+            again: Prepares the step of a number anew, as the layout is then.
         """
         while True:
             result = attempt(partial(run_step, self._engine, prepared))
             if not isinstance(result, OutOfMemory):
                 return result
             self._step_down(prepared.step, result)
-            prepared = self._prepare(prepared.step)
+            prepared = again(prepared.step)
 
     def _step_down(self, step: int, trouble: OutOfMemory) -> None:
         """Lay the engine out anew with less memory.
@@ -223,6 +233,36 @@ class _Session:
         write_json(job.run.plan_path, self._plan)
         values = {"cause": trouble.message, choice.name: choice.value, "before": choice.rejected}
         self._say(step, "oom", values)
+
+    def _wants_trial(self) -> bool:
+        setting = self._job.config.train.trial
+        if setting == AUTO:
+            return (self._plan.run_seconds or 0.0) > _TRIAL_RUN_SECONDS
+        return setting
+
+    def _try_longest_rows(self) -> None:
+        """Forward and backward of the longest rows that a step could have, and nothing moves.
+
+        What would end a run for want of memory in the night is met, and given way to, now.
+        """
+        start_seconds = time.perf_counter()
+        prepared = self._prepare_longest(0)
+        loss, norm = self._run(prepared, again=self._prepare_longest)
+        seconds = time.perf_counter() - start_seconds
+        values = {"loss": loss, "grad_norm": norm, "tokens": prepared.tokens, "seconds": seconds}
+        peak_bytes = _reserved_peak_bytes(self._plan)
+        self._say(0, "trial", {**values, "vram_peak_bytes": peak_bytes})
+
+    def _prepare_longest(self, step: int) -> PreparedStep:
+        rows, schedule = self._job.rows, self._schedule
+        longest = np.argsort(-rows.lengths, kind="stable")[: schedule.rows_per_step]
+        batches = pack_rows(
+            rows,
+            longest,
+            micro_batch_tokens=schedule.micro_batch_tokens,
+            packing=schedule.packing,
+        )
+        return prepare_step(self._engine, batches, step=step, seed=None)
 
     def close(self) -> None:
         """Give the device's memory back."""

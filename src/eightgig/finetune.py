@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from eightgig.config import Config
+from eightgig.config import Config, store_folder
 from eightgig.hardware.allocator import prepare_allocator
 from eightgig.run import check_run, create_run, describe_environment, log_to, write_json
 
@@ -45,7 +45,7 @@ def finetune(
     from eightgig.memory.fit import bind_layout, fit_rows, refuse_misfit
     from eightgig.models.find import find_base_model
     from eightgig.quant.fetch import checkpoint_of
-    from eightgig.quant.store import is_prepared, open_store, store_folder
+    from eightgig.quant.store import is_prepared, open_store
     from eightgig.training.deliver import deliver_adapter
     from eightgig.training.lock import lock_run
     from eightgig.training.loop import Job, train

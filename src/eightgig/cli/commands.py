@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eightgig.cli import render
-from eightgig.config import read_config, starting_values, write_example
+from eightgig.config import read_config, starting_values, store_folder, write_example
 from eightgig.errors import DataError, DoesNotFitError, HardwareError
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def check(
     """Read every row, say what is wrong with it, and show how the model will see it."""
     settings = read_config(config, overrides or ())
     from eightgig.cli.data_view import show_data
-    from eightgig.cli.inputs import find_tokenizer, token_cache
+    from eightgig.cli.inputs import find_tokenizer
     from eightgig.cli.progress import WorkView
     from eightgig.data.checks import check_data
 
@@ -146,7 +146,7 @@ def check(
             settings.data,
             tokenizer,
             seed=settings.train.seed,
-            cache_dir=token_cache(settings),
+            cache_dir=store_folder(settings.model) / "tokens",
             progress=view.rows,
         )
     show_data(report, token_ids=token_ids, as_json=as_json)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eightgig.config import AUTO, DEMO_MODEL, Config, read_config
+from eightgig.config import DEMO_MODEL, Config, read_config, store_folder
 from eightgig.data.sources import find_sources
 from eightgig.demo import demo_model_path
 from eightgig.errors import ConfigError, ModelError
 from eightgig.hardware.cards import hardware_from_card
-from eightgig.hardware.probe import Hardware, default_cache_dir, probe
+from eightgig.hardware.probe import Hardware, probe
 from eightgig.memory.workload import RowLengths
 from eightgig.models.checkpoint import read_config as read_model_config
 from eightgig.models.checkpoint import read_model_spec
@@ -171,7 +171,7 @@ def _read_rows(config: Config) -> tuple[RowLengths | None, bool, str | None]:
     from eightgig.data.tokenizer import load_tokenizer
     from eightgig.memory.fit import row_lengths
     from eightgig.models.find import find_base_model
-    from eightgig.quant.store import is_prepared, store_folder
+    from eightgig.quant.store import is_prepared
 
     found = find_base_model(
         config.model, store_folder=store_folder(config.model), show=lambda _: None
@@ -179,9 +179,3 @@ def _read_rows(config: Config) -> tuple[RowLengths | None, bool, str | None]:
     tokenizer = load_tokenizer(found.folder, config.data.chat_template)
     rows, held_out, _ = load_dataset(config.data, tokenizer, seed=config.train.seed)
     return row_lengths(config, rows, held_out), is_prepared(found, config.model), None
-
-
-def token_cache(config: Config) -> Path:
-    """Where a check leaves tokens for the training."""
-    chosen = config.model.cache_dir
-    return (default_cache_dir() if chosen == AUTO else Path(chosen).expanduser()) / "tokens"

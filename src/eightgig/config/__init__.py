@@ -2,6 +2,7 @@
 
 from eightgig.config.check import is_safe_name
 from eightgig.config.describe import Setting, describe_groups, describe_settings
+from eightgig.config.paths import default_cache_dir, store_folder
 from eightgig.config.read import read_config, setting_groups
 from eightgig.config.settings import (
     AUTO,
@@ -32,6 +33,7 @@ __all__ = [
     "RunConfig",
     "Setting",
     "TrainConfig",
+    "default_cache_dir",
     "describe_groups",
     "describe_settings",
     "example_config",
@@ -39,6 +41,7 @@ __all__ = [
     "read_config",
     "setting_groups",
     "starting_values",
+    "store_folder",
     "write_config",
     "write_example",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from eightgig.config.settings import AUTO, DEMO_MODEL, Config
+from eightgig.config.settings import AUTO, DEMO_MODEL, Config, ModelConfig
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED_SUFFIXES = (".gz", ".zst", ".zstd")
@@ -16,6 +17,19 @@ _GLOB = re.compile(r"[*?\[]")
 
 # Always paths. `model.name`, `data.path` and `data.chat_template` may be names of the hub, too.
 _PATHS = ("model.cache_dir", "data.held_out_path", "lora.init_adapter", "run.output_dir")
+
+
+def store_folder(config: ModelConfig) -> Path:
+    """The folder of all prepared weights: the configured one, or the user's cache folder."""
+    if config.cache_dir != AUTO:
+        return Path(config.cache_dir).expanduser()
+    return default_cache_dir()
+
+
+def default_cache_dir() -> Path:
+    """Where prepared weights are kept unless the config says otherwise."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "eightgig"
 
 
 def looks_like_path(text: str) -> bool:

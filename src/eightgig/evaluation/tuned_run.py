@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from eightgig.adapters.files import AdapterFolder, read_adapter
-from eightgig.config import Config, read_config
+from eightgig.config import Config, read_config, store_folder
 from eightgig.data.batches import Dataset
 from eightgig.data.formats import Example
 from eightgig.data.load import load_dataset
@@ -28,7 +28,7 @@ from eightgig.memory.fit import fit_rows, refuse_misfit
 from eightgig.memory.plan import Plan, make_plan
 from eightgig.models.find import FoundModel, find_base_model
 from eightgig.quant.fetch import checkpoint_of
-from eightgig.quant.store import is_prepared, open_store, store_folder
+from eightgig.quant.store import is_prepared, open_store
 from eightgig.run import Run
 
 if TYPE_CHECKING:

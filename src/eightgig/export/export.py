@@ -14,6 +14,7 @@ from typing import Any
 
 from eightgig import __version__
 from eightgig.adapters.files import read_adapter
+from eightgig.config import store_folder
 from eightgig.disk import Disk
 from eightgig.errors import ExportError, Finding
 from eightgig.evaluation.tuned_run import TunedRun, open_run
@@ -43,7 +44,6 @@ from eightgig.export.verify import (
 from eightgig.models.find import FoundModel, find_base_model
 from eightgig.quant.fetch import checkpoint_of
 from eightgig.quant.parts import file_bytes
-from eightgig.quant.store import store_folder
 from eightgig.run import to_json
 
 _EXPORTS_FOLDER = "export"

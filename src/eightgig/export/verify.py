@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from eightgig.config import store_folder
 from eightgig.disk import Disk
 from eightgig.errors import DoesNotFitError, ExportError, Finding
 from eightgig.evaluation.tuned_run import TunedRun
@@ -42,7 +43,6 @@ from eightgig.hardware.probe import probe
 from eightgig.memory.fit import refuse_misfit
 from eightgig.memory.plan import Plan, make_plan
 from eightgig.models.space import estimate_store_bytes
-from eightgig.quant.store import store_folder
 from eightgig.run import Run
 from eightgig.units import format_bytes
 

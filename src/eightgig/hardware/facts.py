@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eightgig.config import default_cache_dir
 from eightgig.hardware.nvml import Gpu, NvmlReading, read_nvml, visible_gpu
 from eightgig.hardware.probe import (
     Rates,
-    default_cache_dir,
     disk_free_bytes,
     host_memory,
     is_wsl,

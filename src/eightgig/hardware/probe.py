@@ -13,6 +13,7 @@ from typing import Literal
 
 import psutil
 
+from eightgig.config import default_cache_dir
 from eightgig.errors import HardwareError
 from eightgig.hardware.card_table import (
     GEMM_RATIO,
@@ -213,12 +214,6 @@ def disk_free_bytes(folder: Path) -> int:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     return shutil.disk_usage(existing).free
-
-
-def default_cache_dir() -> Path:
-    """Where prepared weights are kept unless the config says otherwise."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "eightgig"
 
 
 def cpu_threads() -> int:

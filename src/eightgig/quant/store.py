@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from eightgig.config import AUTO, ModelConfig
+from eightgig.config import ModelConfig, store_folder
 from eightgig.errors import ConfigError, ModelError
 from eightgig.models.spec import ModelSpec
 from eightgig.quant.build import MANIFEST_FILE, Download, Progress, prepare_store
@@ -175,14 +174,6 @@ def is_prepared(found: FoundModel, config: ModelConfig) -> bool:
         found.spec, found.folder, config.quantization, copies_tables=found.hub is not None
     )
     return (store_folder(config) / key / MANIFEST_FILE).exists()
-
-
-def store_folder(config: ModelConfig) -> Path:
-    """The folder of all stores: the configured one, or /eightgig in the user's cache folder."""
-    if config.cache_dir != AUTO:
-        return Path(config.cache_dir).expanduser()
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "eightgig"
 
 
 def _read_manifest(folder: Path) -> Manifest:

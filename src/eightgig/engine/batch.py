@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eightgig.data.batches import IGNORE_INDEX, Batch
-
-_MASK32 = np.uint64(0xFFFFFFFF)
+from eightgig.ops.reference import mix32
 
 
 @dataclass(kw_only=True)
@@ -48,19 +47,11 @@ def row_keys(batch: Batch, *, seed: int, step: int) -> NDArray[np.int64]:
 
     Row and position, not the place in the micro-batch: masks do not depend on packing.
     """
-    key = np.full(batch.num_tokens, seed & 0xFFFFFFFF, dtype=np.uint64)
+    key = torch.full((batch.num_tokens,), seed & 0xFFFFFFFF, dtype=torch.int64)
     for value in (step, batch.row_ids, batch.positions):
-        key = _mix32(key ^ (np.asarray(value).astype(np.uint64) & _MASK32))
-    return key.astype(np.int64)
-
-
-def _mix32(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The hash of `ops.reference.mix32`, in NumPy."""
-    value = value ^ (value >> np.uint64(16))
-    value = (value * np.uint64(0x7FEB352D)) & _MASK32
-    value = value ^ (value >> np.uint64(15))
-    value = (value * np.uint64(0x846CA68B)) & _MASK32
-    return value ^ (value >> np.uint64(16))
+        key = mix32(key ^ torch.as_tensor(value, dtype=torch.int64))
+    keys: NDArray[np.int64] = key.numpy()
+    return keys
 
 
 def label_positions(batch: Batch) -> NDArray[np.int64]:

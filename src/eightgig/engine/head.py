@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eightgig.engine.batch import to_device
+from eightgig.engine.linear import add_product
 from eightgig.ops.choose import Ops
 from eightgig.ops.reference import wide
 from eightgig.streaming.ring import Ring
@@ -174,7 +175,7 @@ class StreamedHead:
             accumulated.mul_(factor[:, None])
         if slopes is not None:
             probabilities.mul_(slopes)
-        _add_wide(accumulated, probabilities, weight)
+        add_product(accumulated, probabilities, weight)
 
     def _finish(self, state: _State, hidden: Tensor, grad_scale: float | None) -> HeadResult:
         label_logits = (wide(hidden) * wide(state.label_rows)).sum(1)
@@ -247,13 +248,3 @@ def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     if hidden.device.type == "cuda":
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     return torch.mm(hidden.float(), weight.t().float())
-
-
-def _add_wide(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `target`, summed in its dtype."""
-    if target.dtype == left.dtype:
-        target.addmm_(left, right)
-    elif target.device.type == "cuda":
-        torch.addmm(target, left, right, out_dtype=target.dtype, out=target)
-    else:
-        target.addmm_(left.to(target.dtype), right.to(target.dtype))

@@ -116,15 +116,15 @@ class GroupWeight:
         torch.mm(dy, self.scratch[: group.out_size, group.in_size :], out=dxa)
         for linear in group.adapted:
             target = grads.b[linear.name]
-            _add_product(target, dy[:, linear.out_rows].t(), xa[:, linear.rank_columns], self.scale)
+            add_product(target, dy[:, linear.out_rows].t(), xa[:, linear.rank_columns], self.scale)
         if dropout is None:
-            _add_product(grads.a, dxa.t(), x, 1.0)
+            add_product(grads.a, dxa.t(), x)
             return torch.mm(dy_aug, self.scratch[:, : group.in_size])
         dx = torch.mm(dy, self.scratch[: group.out_size, : group.in_size])
         for linear in group.adapted:
             dxa_linear = dxa[:, linear.rank_columns]
             dropped = self._drop(x, linear, dropout)
-            _add_product(grads.a[linear.rank_columns], dxa_linear.t(), dropped, 1.0)
+            add_product(grads.a[linear.rank_columns], dxa_linear.t(), dropped)
             through = torch.mm(dxa_linear, self.a[linear.rank_columns])
             dx += self._drop(through, linear, dropout)
         return dx
@@ -133,8 +133,8 @@ class GroupWeight:
         return self.ops.dropout(x, dropout.row_keys, dropout.module_key(linear.name), dropout.p)
 
 
-def _add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """Add alpha * left @ right to `target`, summed in float32 whatever the factors' dtype."""
+def add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+    """Add alpha * left @ right to `target`, summed in its dtype whatever that of the factors."""
     if target.dtype == left.dtype:
         target.addmm_(left, right, alpha=alpha)
     elif target.device.type == "cuda":

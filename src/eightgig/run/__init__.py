@@ -1,6 +1,6 @@
 """The run folder: its paths and files, and records to and from JSON."""
 
-from eightgig.run.environment import Environment, describe_environment
+from eightgig.run.environment import Environment, describe_environment, installed_versions
 from eightgig.run.files import append_json_line, write_atomically, write_json
 from eightgig.run.folder import Event, EventKind, Run, check_run, create_run
 from eightgig.run.log import log_to, mask_secrets
@@ -16,6 +16,7 @@ __all__ = [
     "create_run",
     "describe_environment",
     "from_json",
+    "installed_versions",
     "log_to",
     "mask_secrets",
     "to_json",

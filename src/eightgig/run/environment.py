@@ -6,7 +6,7 @@ Says nothing about who ran it: no host name, no user, no path.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import eightgig
@@ -50,19 +50,24 @@ def describe_environment(*, device: str) -> Environment:
     Args:
         device: Name of what computes, as in `Hardware.name`.
     """
-    from importlib import metadata  # slow, and not needed by what merely names a run
-
-    versions = {}
-    for library in _LIBRARIES:
-        try:
-            versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
     return Environment(
         eightgig=eightgig.__version__,
         python=platform.python_version(),
         system=platform.platform(),
         machine=platform.machine(),
         device=device,
-        versions=versions,
+        versions=installed_versions(_LIBRARIES),
     )
+
+
+def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Versions of those of `libraries` that are installed; imports none of them."""
+    from importlib import metadata  # slow, and not needed by what merely names a run
+
+    versions = {}
+    for library in libraries:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -7,7 +7,6 @@ not among it: how the work is cut to fit a card changes no result.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from eightgig import __version__
 from eightgig.config import Config
 from eightgig.errors import Finding, Severity
-from eightgig.run import to_json
+from eightgig.run import installed_versions, to_json
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes", "numpy")
 # Settings that decide no number of a run. Paths and names are judged by what lies there.
@@ -71,13 +70,8 @@ def identify_run(config: Config, *, data_fingerprint: str, model_key: str) -> Ru
 
 def library_versions() -> dict[str, str]:
     """Versions of eightgig and of the installed libraries that decide results."""
-    versions = {"eightgig": __version__}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    absent = dict.fromkeys(_LIBRARIES, "not installed")
+    return {"eightgig": __version__, **absent, **installed_versions(_LIBRARIES)}
 
 
 def explain_differences(saved: RunIdentity, current: RunIdentity) -> list[Finding]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,14 +28,14 @@ class _Opened:
 
     Attributes:
         weights: What the layer computes with.
-        linears: Each stored linear and its rows of scratch.
+        readers: Each writes one linear into its rows of scratch.
         blanks: Parts of scratch between the blocks of a B, to be zeroed.
         copies: (target, source, factor): adapter parts into scratch, and dense tensors into the
             compute dtype.
     """
 
     weights: LayerWeights
-    linears: tuple[tuple[StoredTensor, Tensor], ...]
+    readers: tuple[Callable[[], Tensor], ...]
     blanks: tuple[Tensor, ...]
     copies: tuple[tuple[Tensor, Tensor, float], ...]
 
@@ -87,8 +88,8 @@ class WeightReader:
         opened = self._opened.get(key)
         if opened is None:
             opened = self._opened[key] = self._make(slot, layer, adapter)
-        for stored, rows in opened.linears:
-            self._read(slot, stored, rows)
+        for read in opened.readers:
+            read()
         for blank in opened.blanks:
             blank.zero_()
         for target, source, factor in opened.copies:
@@ -103,35 +104,30 @@ class WeightReader:
         self._opened.clear()
         self._scratch = self._scratch.new_empty(0)
 
-    def _read(self, slot: Tensor, stored: StoredTensor, rows: Tensor) -> None:
+    def _reader(self, slot: Tensor, stored: StoredTensor, rows: Tensor) -> Callable[[], Tensor]:
+        """What dequantises one linear of `slot` into `rows`; its views are made only once."""
         kernel = self._ops.dequantize
         if kernel is None or stored.format == "dense":
-            dequantize(slot, stored, self._code_tables, out=rows)
-            return
-        nested = stored.nested
+            return partial(dequantize, slot, stored, self._code_tables, out=rows)
+        codes = slot[stored.offset_bytes : stored.offset_bytes + stored.size_bytes]
+        code = self._code_tables[stored.code_table]
         start, count = stored.absmax_offset_bytes, stored.absmax_count
+        nested = stored.nested
         if nested is None:
             absmax = slot[start : start + 4 * count].view(torch.float32)
-            kernel(
-                slot[stored.offset_bytes : stored.offset_bytes + stored.size_bytes],
-                absmax,
-                None,
-                0.0,
-                stored.block_size,
-                0,
-                self._code_tables[stored.code_table],
-                None,
-                out=rows,
+            return partial(
+                kernel, codes, absmax, None, 0.0, stored.block_size, 0, code, None, out=rows
             )
-            return
-        kernel(
-            slot[stored.offset_bytes : stored.offset_bytes + stored.size_bytes],
+        nested_bytes = slot[nested.offset_bytes : nested.offset_bytes + 4 * nested.count]
+        return partial(
+            kernel,
+            codes,
             slot[start : start + count],
-            slot[nested.offset_bytes : nested.offset_bytes + 4 * nested.count].view(torch.float32),
+            nested_bytes.view(torch.float32),
             nested.mean,
             stored.block_size,
             nested.block_size,
-            self._code_tables[stored.code_table],
+            code,
             self._code_tables[nested.code_table],
             out=rows,
         )
@@ -140,7 +136,7 @@ class WeightReader:
         groups, stored = self._groups[layer], self._blobs[layer].tensors
         parts = split_masters(adapter, groups) if adapter is not None else {}
         weights: dict[str, GroupWeight] = {}
-        linears: list[tuple[StoredTensor, Tensor]] = []
+        readers: list[Callable[[], Tensor]] = []
         blanks: list[Tensor] = []
         copies: list[tuple[Tensor, Tensor, float]] = []
         start = 0
@@ -149,7 +145,10 @@ class WeightReader:
             scratch = self._scratch[start : start + rows * columns].view(rows, columns)
             start += _rounded(rows * columns)
             targets = scratch[:, : group.in_size]
-            linears += [(stored[linear.name], targets[linear.out_rows]) for linear in group.linears]
+            readers += [
+                self._reader(slot, stored[linear.name], targets[linear.out_rows])
+                for linear in group.linears
+            ]
             a = None
             if group.rank_size and adapter is not None:
                 a = parts[group.name].a
@@ -163,7 +162,7 @@ class WeightReader:
         dense = self._dense(slot, stored, copies)
         return _Opened(
             LayerWeights(groups=weights, dense=dense),
-            tuple(linears),
+            tuple(readers),
             tuple(blanks),
             tuple(copies),
         )

@@ -7,6 +7,7 @@ hash on the way, and a copy of everything in memory. Reading is the package's.
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,25 +48,47 @@ def tensor_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     Yields:
         The header, then the data of each tensor; joined they are the file.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    order, header = plan_file(
+        {
+            name: (_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+            for name, tensor in tensors.items()
+        }
+    )
+    yield header
+    for name in order:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+def plan_file(
+    layouts: Mapping[str, tuple[str, tuple[int, ...], int]],
+) -> tuple[list[str], bytes]:
+    """How a safetensors file begins, and the order of the data behind that.
+
+    Args:
+        layouts: By name: safetensors' dtype, shape, and bytes of data.
+    """
+
+    def element_bytes(name: str) -> int:
+        _, shape, size_bytes = layouts[name]
+        return size_bytes // max(1, math.prod(shape))
+
     # Wide elements first: then every tensor starts at a multiple of its element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(layouts, key=lambda name: (-element_bytes(name), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset_bytes = 0
     for name in order:
-        tensor = tensors[name]
-        end_bytes = offset_bytes + tensor.numel() * tensor.element_size()
+        dtype, shape, size_bytes = layouts[name]
+        end_bytes = offset_bytes + size_bytes
         header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": dtype,
+            "shape": list(shape),
             "data_offsets": [offset_bytes, end_bytes],
         }
         offset_bytes = end_bytes
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in order:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
+    return order, len(text).to_bytes(8, "little") + text
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eightgig.adapters.tensors import plan_file
 from eightgig.errors import Finding
 from eightgig.export.folder import ExportProgress, OutputFolder
 from eightgig.export.source import TORCH_DTYPES, TunedWeights
@@ -175,24 +176,11 @@ def _write_dense(
 
 
 def _dense_parts(weights: TunedWeights, names: list[str]) -> Iterator[bytes | memoryview]:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset_bytes = 0
     layouts = {name: weights.layout(name) for name in names}
-    sizes = {name: _dense_bytes(weights, name) for name in names}
-    # Wide elements first: then every tensor starts at a multiple of its element size.
-    order = sorted(names, key=lambda name: (-(sizes[name] // max(1, prod(layouts[name][1]))), name))
-    for name in order:
-        dtype, shape = layouts[name]
-        end_bytes = offset_bytes + sizes[name]
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [offset_bytes, end_bytes],
-        }
-        offset_bytes = end_bytes
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    order, header = plan_file(
+        {name: (*layouts[name], _dense_bytes(weights, name)) for name in names}
+    )
+    yield header
     for name in order:
         if name in weights.adapted_names or weights.is_four_bit(name):
             for block in weights.blocks(name):

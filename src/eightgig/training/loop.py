@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from eightgig.config import AUTO, Config
-from eightgig.data.batches import Dataset, pack_rows
+from eightgig.data.batches import Dataset
 from eightgig.engine.assemble import Engine
 from eightgig.errors import DoesNotFitError
 from eightgig.evaluation.loss import HeldOutLoss, measure_loss
@@ -254,15 +253,7 @@ class _Session:
         self._say(0, "trial", {**values, "vram_peak_bytes": peak_bytes})
 
     def _prepare_longest(self, step: int) -> PreparedStep:
-        rows, schedule = self._job.rows, self._schedule
-        longest = np.argsort(-rows.lengths, kind="stable")[: schedule.rows_per_step]
-        batches = pack_rows(
-            rows,
-            longest,
-            micro_batch_tokens=schedule.micro_batch_tokens,
-            packing=schedule.packing,
-        )
-        return prepare_step(self._engine, batches, step=step, seed=None)
+        return prepare_step(self._engine, self._schedule.longest(), step=step, seed=None)
 
     def close(self) -> None:
         """Give the device's memory back."""
@@ -347,7 +338,9 @@ class _Session:
             or stop.is_requested
             or self._stopping is not None
         )
-        if is_due and step < self._schedule.total_steps:
+        # The last step is saved by `finish`, a new best evaluation by `evaluate`.
+        is_open = step < self._schedule.total_steps and step != self._saved_step
+        if is_due and is_open:
             self._save(step)
 
     def is_over(self, stop: StopRequest) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from eightgig.adapters.lora import named_views
 from eightgig.config import Config
@@ -59,6 +62,8 @@ class StepSchedule:
         seed: Of the order.
         micro_batch_tokens: Tokens a micro-batch may hold.
         packing: Whether rows share a micro-batch.
+        epoch_steps: The rows of every step of a 0-based epoch; keeps what it was asked last, since
+            the order of a million rows takes a while.
     """
 
     dataset: Dataset
@@ -67,6 +72,7 @@ class StepSchedule:
     seed: int
     micro_batch_tokens: int
     packing: bool
+    epoch_steps: Callable[[int], tuple[NDArray[np.int64], ...]]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -89,12 +95,18 @@ class StepSchedule:
     def batches(self, step: int) -> tuple[Batch, ...]:
         """The micro-batches of a 1-based step."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
-        steps = step_rows(
-            self.dataset, epoch=epoch, seed=self.seed, rows_per_step=self.rows_per_step
-        )
+        return self.pack(self.epoch_steps(epoch)[place])
+
+    def longest(self) -> tuple[Batch, ...]:
+        """The micro-batches of a step of the longest rows."""
+        order = np.argsort(-self.dataset.lengths, kind="stable")
+        return self.pack(order[: self.rows_per_step])
+
+    def pack(self, rows: NDArray[np.int64]) -> tuple[Batch, ...]:
+        """The micro-batches of `rows`."""
         return pack_rows(
             self.dataset,
-            steps[place],
+            rows,
             micro_batch_tokens=self.micro_batch_tokens,
             packing=self.packing,
         )
@@ -113,6 +125,11 @@ def make_schedule(config: Config, dataset: Dataset, micro_batch_tokens: int) -> 
         seed=train.seed,
         micro_batch_tokens=micro_batch_tokens,
         packing=config.data.packing,
+        epoch_steps=lru_cache(maxsize=1)(
+            lambda epoch: step_rows(
+                dataset, epoch=epoch, seed=train.seed, rows_per_step=rows_per_step
+            )
+        ),
     )
 
 

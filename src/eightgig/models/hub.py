@@ -11,7 +11,7 @@ import fnmatch
 import glob
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def disk_needs(
     Args:
         model: The model on the hub.
         store_folder: Where the prepared weights will go, None: not counted.
-        deletes_download: Shards are fetched and deleted one by one (`iter_shards`).
+        deletes_download: Shards are fetched and deleted one by one (`release_file`).
     """
     from huggingface_hub import constants
 
@@ -209,7 +209,7 @@ def download_model(model: HubModel) -> ModelFolder:
 
 
 def download_small_files(model: HubModel) -> ModelFolder:
-    """Fetch everything but the weights, for those who take these one by one (`iter_shards`).
+    """Fetch everything but the weights, for those who take these one by one (`fetch_file`).
 
     Raises:
         ModelError: The hub cannot be reached or refuses.
@@ -241,20 +241,10 @@ def fetch_file(model: HubModel, file_name: str) -> Path:
     return path
 
 
-def iter_shards(model: HubModel) -> Iterator[Path]:
-    """The safetensors files one by one; each is deleted when the next one is asked for.
-
-    Files that were in the cache before stay there: somebody else may use them.
-
-    Raises:
-        ModelError: The hub cannot be reached or refuses.
-        DoesNotFitError: The disk became full.
-    """
-    for file in model.weight_files:
-        path = fetch_file(model, file.name)
-        yield path
-        if not file.is_cached:
-            delete_file(path)
+def release_file(model: HubModel, path: Path) -> None:
+    """Delete a file of `fetch_file`; one that was in the cache before stays: it may be needed."""
+    if path.name not in {file.name for file in model.files if file.is_cached}:
+        delete_file(path)
 
 
 def delete_file(path: Path) -> None:

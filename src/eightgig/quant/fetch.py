@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eightgig.models.find import FoundModel
-from eightgig.models.hub import delete_file, fetch_file
+from eightgig.models.hub import fetch_file, release_file
 from eightgig.quant.build import Download
 
 
@@ -17,5 +17,5 @@ def checkpoint_of(found: FoundModel) -> Path | Download:
     return Download(
         folder=found.folder,
         fetch=lambda name: fetch_file(hub, name),
-        delete=lambda name: delete_file(found.folder / name),
+        delete=lambda name: release_file(hub, found.folder / name),
     )

@@ -19,6 +19,7 @@ from huggingface_hub.utils._safetensors import TensorInfo
 
 from eightgig.errors import DoesNotFitError, EightgigError, ModelError
 from eightgig.models.checkpoint import read_model_spec
+from eightgig.models.find import FoundModel
 from eightgig.models.headers import read_header
 from eightgig.models.hub import (
     delete_file,
@@ -27,9 +28,11 @@ from eightgig.models.hub import (
     fetch_file,
     find_local_model,
     find_model,
-    iter_shards,
     look_up_hub_model,
+    release_file,
 )
+from eightgig.quant.build import Download
+from eightgig.quant.fetch import checkpoint_of
 from tests.tiny import make_model
 
 NAME = "google/tiny-it"
@@ -238,9 +241,11 @@ def test_shards_come_one_by_one_and_go(hub: FolderHub) -> None:
     model = look_up_hub_model(NAME)
     assert len(model.weight_files) > 2
     seen = []
-    for path in iter_shards(model):
+    for file in model.weight_files:
+        path = fetch_file(model, file.name)
         seen.append(path.name)
         assert [blob.name for blob in blobs.glob("*.safetensors")] == [f"hash-of-{path.name}"]
+        release_file(model, path)
     assert seen == [file.name for file in model.weight_files]
     assert not list(blobs.glob("*.safetensors"))
     assert not list(hub.snapshot.glob("*.safetensors"))
@@ -249,8 +254,12 @@ def test_shards_come_one_by_one_and_go(hub: FolderHub) -> None:
 def test_shards_that_were_there_before_stay(hub: FolderHub) -> None:
     first = sorted(hub.repository.glob("*.safetensors"))[0].name
     hub.hf_hub_download(NAME, first)
-    for _ in iter_shards(look_up_hub_model(NAME)):
-        pass
+    model = look_up_hub_model(NAME)
+    download = checkpoint_of(FoundModel(spec=model.spec, folder=hub.snapshot, hub=model))
+    assert isinstance(download, Download)
+    for file in model.weight_files:
+        download.fetch(file.name)
+        download.delete(file.name)
     assert [path.name for path in hub.snapshot.glob("*.safetensors")] == [first]
 
 

@@ -18,7 +18,7 @@ from eightgig.config import Config, DataConfig, LoraConfig, ModelConfig, RunConf
 from eightgig.errors import ModelError, RunError
 from eightgig.finetune import finetune
 from eightgig.models.checkpoint import read_model_spec
-from eightgig.training import loop
+from eightgig.training import worker
 from tests import engines, tiny
 
 STEPS = 6
@@ -164,13 +164,13 @@ def test_a_step_that_is_not_finite_leaves_the_adapter_as_it_was(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _config(folder, tmp_path)
-    real_step = loop.run_step
+    real_step = worker.run_step
 
-    def broken_at_3(engine: Any, prepared: Any) -> tuple[float, float]:
-        loss, norm = real_step(engine, prepared)
+    def broken_at_3(engine: Any, prepared: Any, between: Any) -> tuple[float, float]:
+        loss, norm = real_step(engine, prepared, between)
         return (float("nan"), norm) if prepared.step == 3 else (loss, norm)
 
-    monkeypatch.setattr(loop, "run_step", broken_at_3)
+    monkeypatch.setattr(worker, "run_step", broken_at_3)
     seen: list[Any] = []
     reports = _finish(finetune(config, observe=seen.append))
     assert len(reports) == STEPS

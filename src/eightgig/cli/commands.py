@@ -160,6 +160,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest intact checkpoint.")
     ] = False,
+    allow_changed_versions: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changed-versions",
+            help="Resume also with other versions of the libraries: not bit for bit the same run.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter; everything is written into the run folder."""
@@ -171,7 +178,12 @@ def train(
 
     with TrainingView(settings, as_json=as_json) as view:
         try:
-            for report in finetune(settings, resume=resume, observe=view.notice):
+            for report in finetune(
+                settings,
+                resume=resume,
+                allow_changed_versions=allow_changed_versions,
+                observe=view.notice,
+            ):
                 view.step(report)
         except KeyboardInterrupt:
             render.show_note(f"Interrupted. Go on with: eightgig train {config} --resume")

@@ -46,7 +46,7 @@ class GradientCheck:
     Attributes:
         name: `layers.{i}.{module}.lora_A` or `.lora_B`.
         ratio: Slope over |g|, as near to 1 as it was measured; None where rounding hides it.
-        is_wrong: Two measurements agree with each other and not with the gradient.
+        is_wrong: The larger moves agree with each other and not with the gradient.
     """
 
     name: str
@@ -144,9 +144,8 @@ class _Probe:
             best = min(ratios, key=lambda ratio: abs(ratio - 1))
             if abs(best - 1) <= self._tolerance:
                 return GradientCheck(name=name, ratio=best, is_wrong=False)
-            if len(ratios) > 1 and self._agree(ratios[-2], ratios[-1]):
-                return GradientCheck(name=name, ratio=best, is_wrong=True)
-        return GradientCheck(name=name, ratio=None, is_wrong=False)
+        is_wrong = self._agree(ratios[-2], ratios[-1])
+        return GradientCheck(name=name, ratio=best if is_wrong else None, is_wrong=is_wrong)
 
     def _check_silent(self, name: str, master: Tensor, largest: float) -> GradientCheck:
         """A gradient of nearly nothing: then the loss must not care where the tensor is."""

@@ -31,7 +31,7 @@ def make_base(folder: Path, family: str = "gemma4_e2b") -> Path:
 
 
 def make_rows(count: int, *, seed: int = 0, vocab_size: int = 128, shortest: int = 9) -> Dataset:
-    """Rows of `shortest` to twice as many tokens that repeat a pattern; the last half is trained."""
+    """Rows of `shortest` to twice as many tokens that repeat a pattern, half of them trained."""
     rng = np.random.default_rng(seed)
     ids, labels, offsets = [], [], [0]
     for number in range(count):

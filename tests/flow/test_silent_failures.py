@@ -5,7 +5,7 @@ The numbers are those of the list in docs/reliability.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -302,21 +302,21 @@ def test_22_a_tokenizer_that_changed_since(base: Path, tmp_path: Path) -> None:
 
 # And where nothing is wrong
 
-_HEALTHY: dict[str, Callable[[], dict[str, Any]]] = {
-    "as it is": lambda: {},
-    "8-bit optimizer": lambda: {"optim": "adamw_8bit"},
-    "dropout": lambda: {"lora": {"lora_dropout": 0.1}},
-    "long warm-up": lambda: {"warmup_steps": 10},
-    "no clipping": lambda: {"max_grad_norm": 0.0},
-    "one row a step": lambda: {"gradient_accumulation_steps": 1},
-    "many rows a step": lambda: {"gradient_accumulation_steps": 30},
-    "rank 1": lambda: {"lora": {"r": 1, "lora_alpha": 2}},
-    "rank-stabilised": lambda: {"lora": {"r": 8, "use_rslora": True}},
-    "two linears": lambda: {"lora": {"target_modules": ("q_proj", "v_proj")}},
-    "no packing": lambda: {"data": {"packing": False}},
-    "low rate": lambda: {"learning_rate": 2e-5},
-    "high rate": lambda: {"learning_rate": 2e-2},
-    "weight decay": lambda: {"weight_decay": 0.1},
+_HEALTHY: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "8-bit optimizer": {"optim": "adamw_8bit"},
+    "dropout": {"lora": {"lora_dropout": 0.1}},
+    "long warm-up": {"warmup_steps": 10},
+    "no clipping": {"max_grad_norm": 0.0},
+    "one row a step": {"gradient_accumulation_steps": 1},
+    "many rows a step": {"gradient_accumulation_steps": 30},
+    "rank 1": {"lora": {"r": 1, "lora_alpha": 2}},
+    "rank-stabilised": {"lora": {"r": 8, "use_rslora": True}},
+    "two linears": {"lora": {"target_modules": ("q_proj", "v_proj")}},
+    "no packing": {"data": {"packing": False}},
+    "low rate": {"learning_rate": 2e-5},
+    "high rate": {"learning_rate": 2e-2},
+    "weight decay": {"weight_decay": 0.1},
 }
 _HEALTHY_RUNS = [
     *[(FAMILY, name) for name in _HEALTHY],
@@ -340,7 +340,7 @@ def test_a_healthy_run_is_not_stopped(
     monkeypatch.setattr(trial, "_CHECKS_RATIO", 0.0)
     model = base if family == FAMILY else jobs.make_base(tmp_path / "model", family)
     seen: list[object] = []
-    config = jobs.make_config(model, tmp_path / "runs", trial=True, max_steps=8, **_HEALTHY[name]())
+    config = jobs.make_config(model, tmp_path / "runs", trial=True, max_steps=8, **_HEALTHY[name])
     job = jobs.make_job(config, held_out=jobs.make_rows(6, seed=1))
     assert len(jobs.finish(job, seen.append)) == 8
     (tried,) = jobs.events(seen, "trial")

@@ -5,7 +5,8 @@ Whatever is slow to import is imported inside a command.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
@@ -186,10 +187,16 @@ def train(
             ):
                 view.step(report)
         except KeyboardInterrupt:
-            render.show_note(f"Interrupted. Go on with: eightgig train {config} --resume")
+            render.show_note(f"Interrupted. Go on with: {_resume_command(config, overrides or ())}")
             raise
     write_report(check_run(settings, resume=True))
     render.show_trained(settings, view.last_report, as_json=as_json)
+
+
+def _resume_command(config: Path, overrides: Sequence[str]) -> str:
+    """What to type to go on, with the settings that were put over the file's."""
+    settings = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["eightgig", "train", str(config), *settings, "--resume"])
 
 
 def demo(

@@ -15,14 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from eightgig.memory.estimate import READ_BUFFERS, WRITES_IN_FLIGHT
 from eightgig.streaming.host import PinnedArenas
 from eightgig.streaming.meter import WaitMeter
 
 BundleKey = tuple[int, int]
 """Layer and micro-batch."""
 
-_WRITES_IN_FLIGHT = 2
-_READS_AHEAD = 2
+_READS_AHEAD = READ_BUFFERS - 1
 _ALIGNMENT_BYTES = 256
 
 
@@ -97,7 +97,7 @@ class HostWaiting:
                 views[name].copy_(tensor, non_blocking=True)
             event.record(self._out_stream)
         self._writing.append((bundle, event))
-        while len(self._writing) > _WRITES_IN_FLIGHT:
+        while len(self._writing) > WRITES_IN_FLIGHT:
             self._finish_write()
 
     def read(self, keys: Sequence[BundleKey]) -> Iterator[dict[str, Tensor]]:
@@ -165,7 +165,7 @@ class HostWaiting:
             self._buffers = []
             self._buffers = [
                 torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
-                for _ in range(_READS_AHEAD + 1)
+                for _ in range(READ_BUFFERS)
             ]
         return self._buffers
 

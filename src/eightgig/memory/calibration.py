@@ -153,7 +153,7 @@ def predict_peak(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> int:
         checkpoints=row.checkpoints,
         kernels=row.kernels,
         offload=row.offload,
-        is_hopper="H100" in row.machine,
+        is_hopper=any(name in row.machine for name in ("H100", "H200")),
     )
     return sum(device_bytes(work, layout).values())
 

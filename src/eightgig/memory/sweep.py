@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eightgig.config import Config
+from eightgig.config import Config, setting_groups
 from eightgig.errors import ConfigError
 from eightgig.hardware.probe import Hardware
 from eightgig.memory.plan import Plan, RowLengths, make_plan
 from eightgig.models.spec import DecoderSpec, ModelSpec
 from eightgig.units import parse_bytes
 
-_GROUPS = ("data", "lora", "train", "memory", "model", "run")
 _SIZES = ("budget", "host_budget")
 
 
@@ -45,7 +44,7 @@ def sweep(
     Raises:
         ConfigError: There is no such setting, or a value cannot be planned for.
     """
-    group, name = _find_setting(config, key)
+    group, _, name = find_setting(key).partition(".")
     points = []
     for text in values:
         value = _read_value(name, text)
@@ -56,13 +55,15 @@ def sweep(
     return tuple(points)
 
 
-def _find_setting(config: Config, key: str) -> tuple[str, str]:
+def find_setting(key: str) -> str:
+    """`max_length` as `data.max_length`, where one group alone has it.
+
+    Raises:
+        ConfigError: There is no such setting, or several.
+    """
     group, _, name = key.rpartition(".")
-    groups = [group] if group else [*_GROUPS]
     holders = [
-        each
-        for each in groups
-        if each in _GROUPS and name in {f.name for f in dataclasses.fields(getattr(config, each))}
+        each for each, names in setting_groups().items() if name in names and group in ("", each)
     ]
     if len(holders) != 1:
         found = ", ".join(f"{each}.{name}" for each in holders)
@@ -71,7 +72,7 @@ def _find_setting(config: Config, key: str) -> tuple[str, str]:
             why=f"There are several: {found}." if holders else "No group has it.",
             fix='Write the group too, for example "data.max_length" or "lora.r".',
         )
-    return holders[0], name
+    return f"{holders[0]}.{name}"
 
 
 def _read_value(name: str, value: Any) -> Any:

@@ -24,10 +24,14 @@ BundleKey = tuple[int, int]
 
 _READS_AHEAD = READ_BUFFERS - 1
 _ALIGNMENT_BYTES = 256
+_MOST_TENSORS = 8  # of a bundle: so often its bytes may be rounded up
 
 
 class Waiting(Protocol):
     """Where bundles wait."""
+
+    def begin(self) -> None:
+        """Take the memory that reading will need, before a pass takes and frees other."""
 
     def put(self, key: BundleKey, bundle: dict[str, Tensor]) -> None:
         """Keep contiguous tensors; the caller must not change them."""
@@ -47,6 +51,9 @@ class DeviceWaiting:
 
     def __init__(self) -> None:
         self._bundles: dict[BundleKey, dict[str, Tensor]] = {}
+
+    def begin(self) -> None:
+        """Nothing is read back."""
 
     def put(self, key: BundleKey, bundle: dict[str, Tensor]) -> None:
         """Keep references."""
@@ -72,19 +79,32 @@ class HostWaiting:
         device: Where tensors come from and go to.
         meter: Times the waits for copies.
         expected_bytes: Of all bundles of a step, as planned; host memory is taken in such portions.
+        buffer_bytes: Of the largest bundle, as planned.
     """
 
-    def __init__(self, device: torch.device, meter: WaitMeter, *, expected_bytes: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        meter: WaitMeter,
+        *,
+        expected_bytes: int,
+        buffer_bytes: int,
+    ) -> None:
         self._device = device
         self._meter = meter
         self._arenas = PinnedArenas(is_pinned=True)
         self._left_bytes = expected_bytes
+        self._buffer_bytes = buffer_bytes + _MOST_TENSORS * _ALIGNMENT_BYTES
         self._runs: dict[tuple[BundleKey, str], Tensor] = {}
         self._views: dict[BundleKey, dict[str, Tensor]] = {}
         self._out_stream = torch.cuda.Stream(device)
         self._in_stream = torch.cuda.Stream(device)
         self._writing: deque[tuple[dict[str, Tensor], torch.cuda.Event]] = deque()
         self._buffers: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Have the buffers: taken later, they would lie between what a pass has left free."""
+        self._buffers_for(self._buffer_bytes)
 
     def put(self, key: BundleKey, bundle: dict[str, Tensor]) -> None:
         """Start the copy to the host once the work queued so far is done."""

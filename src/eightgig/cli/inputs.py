@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eightgig.config import DEMO_MODEL, Config, read_config, store_folder
+from eightgig.config import DEMO_MODEL, Config, full_setting, read_config, store_folder
 from eightgig.data.sources import find_sources
 from eightgig.demo import demo_model_path
 from eightgig.errors import ConfigError, ModelError
 from eightgig.hardware.cards import hardware_from_card
 from eightgig.hardware.probe import Hardware, probe
 from eightgig.memory.workload import RowLengths
-from eightgig.models.checkpoint import read_config as read_model_config
-from eightgig.models.checkpoint import read_model_spec
 from eightgig.models.hub import (
     download_small_files,
     find_local_model,
     find_model,
     look_up_hub_model,
 )
-from eightgig.models.known import known_model_spec
-from eightgig.models.read import parse_model_spec
+from eightgig.models.shapes import find_shape
 from eightgig.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -38,6 +36,7 @@ class Asked:
         rows: What is known of the rows, None where they were not read.
         is_prepared: Whether the prepared weights are on the disk already.
         notes: What was assumed, in words.
+        config_path, overrides: Where `config` was read.
     """
 
     config: Config
@@ -46,6 +45,27 @@ class Asked:
     rows: RowLengths | None
     is_prepared: bool
     notes: tuple[str, ...] = ()
+    config_path: Path | None = None
+    overrides: tuple[str, ...] = ()
+
+    def with_values(self, setting: str, values: Sequence[str]) -> dict[str, Config]:
+        """The settings with each of `values` put over them.
+
+        Raises:
+            ConfigError: There is no such setting, it cannot have such a value, or it decides which
+                model is planned for.
+        """
+        texts = {value: full_setting(f"{setting}={value}") for value in values}
+        if any(text.startswith("model.") for text in texts.values()):
+            raise ConfigError(
+                f'"{setting}" cannot be swept.',
+                why="All plans of a sweep are for one model.",
+                fix="Call `eightgig plan --model` once for each.",
+            )
+        return {
+            value: read_config(self.config_path, [*self.overrides, text])
+            for value, text in texts.items()
+        }
 
 
 def read_request(
@@ -82,7 +102,7 @@ def read_request(
     if config_path is None:
         overrides = ["data.path=none", *overrides]
     config = read_config(config_path, overrides)
-    spec = find_spec(config)
+    spec = find_shape(config.model.name, revision=config.model.revision)
     hardware = probe(config.memory.device) if vram is None else hardware_from_card(vram)
     rows, is_prepared, note = (None, False, None)
     if config_path is not None:
@@ -94,10 +114,12 @@ def read_request(
         rows=rows,
         is_prepared=is_prepared,
         notes=() if note is None else (note,),
+        config_path=config_path,
+        overrides=tuple(overrides),
     )
 
 
-def read_sweep(text: str) -> tuple[str, list[str]]:
+def read_sweep(text: str, *, option: str = "--sweep") -> tuple[str, list[str]]:
     """Setting and values of `max_length=1024,2048`.
 
     Raises:
@@ -107,27 +129,11 @@ def read_sweep(text: str) -> tuple[str, list[str]]:
     words = [word.strip() for word in values.split(",") if word.strip()]
     if not key.strip() or not words:
         raise ConfigError(
-            f'--sweep {text}: this is not "name=value,value,...".',
-            why="One plan is made for each value of one setting.",
-            fix="Write for example --sweep max_length=1024,2048,4096.",
+            f'{option} {text}: this is not "name=value,value,...".',
+            why="It tries each value of one setting.",
+            fix=f"Write for example {option} max_length=1024,2048,4096.",
         )
     return key.strip(), words
-
-
-def find_spec(config: Config) -> ModelSpec:
-    """The model of `config`; its weights need not be here, a folder may hold a config.json alone.
-
-    Raises:
-        ModelError: No such model, or of another family.
-    """
-    name = config.model.name
-    if name == DEMO_MODEL:
-        return read_model_spec(demo_model_path(), name=name)
-    local = find_local_model(name)
-    if local is not None:
-        return parse_model_spec(read_model_config(local.path), name=name)
-    known = known_model_spec(name)
-    return known or look_up_hub_model(name, revision=config.model.revision).spec
 
 
 def find_tokenizer(config: Config) -> PreTrainedTokenizerFast:

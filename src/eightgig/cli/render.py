@@ -44,6 +44,11 @@ def show_line(text: str, style: str = "") -> None:
     show_text(Text(text, style=style))
 
 
+def show_wrapped(text: str, style: str = "") -> None:
+    """Prose of a result, in the width of the terminal."""
+    _output().print(Text(text, style=style), highlight=False)
+
+
 def show_text(text: Text) -> None:
     """Text of a result, in its colours."""
     _write(_output(), text)

@@ -87,6 +87,13 @@ def plan(  # noqa: PLR0913 - the arguments of a command are its options
         str | None,
         typer.Option(metavar="CARD", help="Another card: its memory (8GiB) or name (RTX 4060)."),
     ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="With --vram: main memory of that machine (32GiB)."),
+    ] = None,
+    has_display: Annotated[
+        bool, typer.Option("--display", help="With --vram: the card draws the desktop, too.")
+    ] = False,
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Longest row in tokens.")
     ] = None,
@@ -95,28 +102,36 @@ def plan(  # noqa: PLR0913 - the arguments of a command are its options
         typer.Option(metavar="NAME=A,B,...", help="One plan for each value of a setting."),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the memory by item as SVG.")
+        Path | None, typer.Option(metavar="FILE", help="Draw the memory by item: .svg or .png.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say before a weight is loaded whether it fits, what goes where, and why."""
-    from eightgig.cli.inputs import read_request
+    from eightgig.cli.inputs import CardOptions, read_request
+    from eightgig.cli.plan_view import show_plan
     from eightgig.memory.plan import make_plan
 
-    asked = read_request(config, overrides or [], model=model, vram=vram, max_tokens=max_tokens)
+    asked = read_request(
+        config,
+        overrides or [],
+        model=model,
+        card=CardOptions(vram, ram=ram, has_display=has_display),
+        max_tokens=max_tokens,
+    )
     if sweep is not None:
         _sweep(asked, sweep, as_json=as_json)
         return
     made = make_plan(
         asked.spec, asked.hardware, asked.config, rows=asked.rows, is_prepared=asked.is_prepared
     )
-    render.show_plan(made, asked, picture=picture, as_json=as_json)
+    show_plan(made, asked, picture=picture, as_json=as_json)
     if not made.fits:
         raise typer.Exit(DoesNotFitError.exit_code)
 
 
 def _sweep(asked: Asked, text: str, *, as_json: bool) -> None:
     from eightgig.cli.inputs import read_sweep
+    from eightgig.cli.plan_view import show_sweep
     from eightgig.memory.sweep import sweep
 
     key, values = read_sweep(text)
@@ -127,7 +142,7 @@ def _sweep(asked: Asked, text: str, *, as_json: bool) -> None:
         rows=asked.rows,
         is_prepared=asked.is_prepared,
     )
-    render.show_sweep(key, points, as_json=as_json)
+    show_sweep(key, points, as_json=as_json)
 
 
 def check(

@@ -11,9 +11,10 @@ from eightgig.config import DEMO_MODEL, Config, full_setting, read_config, store
 from eightgig.data.sources import find_sources
 from eightgig.demo import demo_model_path
 from eightgig.errors import ConfigError, ModelError
-from eightgig.hardware.cards import hardware_from_card
+from eightgig.hardware.cards import TYPICAL_HOST_BYTES, hardware_from_card
 from eightgig.hardware.probe import Hardware, probe
 from eightgig.memory.workload import RowLengths
+from eightgig.models.count import count_parameters
 from eightgig.models.hub import (
     download_small_files,
     find_local_model,
@@ -22,6 +23,7 @@ from eightgig.models.hub import (
 )
 from eightgig.models.shapes import find_shape
 from eightgig.models.spec import ModelSpec
+from eightgig.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -68,12 +70,27 @@ class Asked:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class CardOptions:
+    """Another machine than this one.
+
+    Attributes:
+        vram: Its card: name or memory; None: this machine.
+        ram: Its main memory, as a size; None: what is common.
+        has_display: Whether the card draws the desktop.
+    """
+
+    vram: str | None = None
+    ram: str | None = None
+    has_display: bool = False
+
+
 def read_request(
     config_path: Path | None,
     overrides: list[str],
     *,
     model: str | None,
-    vram: str | None,
+    card: CardOptions,
     max_tokens: int | None,
 ) -> Asked:
     """What the arguments of `eightgig plan` ask about.
@@ -82,7 +99,7 @@ def read_request(
         config_path: A config; None: the defaults, for `model`.
         overrides: Settings put over it.
         model: Another model than the config's.
-        vram: Another card than this machine's: its name or memory.
+        card: Another machine than this one.
         max_tokens: Another longest row than the config's.
 
     Raises:
@@ -103,20 +120,74 @@ def read_request(
         overrides = ["data.path=none", *overrides]
     config = read_config(config_path, overrides)
     spec = find_shape(config.model.name, revision=config.model.revision)
-    hardware = probe(config.memory.device) if vram is None else hardware_from_card(vram)
+    hardware, assumed = _find_machine(config, card)
     rows, is_prepared, note = (None, False, None)
     if config_path is not None:
         rows, is_prepared, note = _read_rows(config)
+    notes = [*assumed, *([] if note is None else [note]), *_fetching(config, spec)]
     return Asked(
         config=config,
         spec=spec,
         hardware=hardware,
         rows=rows,
         is_prepared=is_prepared,
-        notes=() if note is None else (note,),
+        notes=tuple(notes),
         config_path=config_path,
         overrides=tuple(overrides),
     )
+
+
+def _find_machine(config: Config, card: CardOptions) -> tuple[Hardware, list[str]]:
+    """The machine that is planned for, and what was assumed of it.
+
+    Raises:
+        ConfigError: `ram` is no size, or is said of this machine.
+        HardwareError: `vram` is no card.
+    """
+    if card.vram is None:
+        if card.ram is not None or card.has_display:
+            raise ConfigError(
+                "--ram and --display describe another machine, and no card is named.",
+                why="Without --vram the plan is for this machine, whose memory is measured.",
+                fix='Add --vram "RTX 4060", or set memory.host_budget for this machine.',
+            )
+        machine = probe(config.memory.device)
+        return machine, [_machine_words(machine)]
+    machine = hardware_from_card(
+        card.vram,
+        has_display=card.has_display,
+        host_total_bytes=TYPICAL_HOST_BYTES if card.ram is None else _size("--ram", card.ram),
+    )
+    assumed = [] if card.ram else [f"{format_bytes(machine.host_total_bytes)} of main memory"]
+    assumed.append(f"{format_bytes(machine.disk_free_bytes)} of free disk")
+    assumed += [] if card.has_display else ["no desktop on the card"]
+    return machine, [f"Assumed: {', '.join(assumed)} (see --ram and --display)."]
+
+
+def _machine_words(machine: Hardware) -> str:
+    words = [f"{format_bytes(machine.host_free_bytes)} of main memory are free"]
+    words.append(f"{format_bytes(machine.disk_free_bytes)} of disk")
+    if machine.device == "cuda":
+        words.insert(0, f"{format_bytes(machine.vram_free_bytes)} of VRAM")
+    return f"This machine: {', '.join(words)}."
+
+
+def _size(option: str, text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{option} cannot be {text}.", why=f"{error}.", fix=f"Write for example {option} 32GiB."
+        ) from None
+
+
+def _fetching(config: Config, spec: ModelSpec) -> list[str]:
+    """What the checkpoint takes beside the plan's disk, where it is not on this machine."""
+    name = config.model.name
+    if name == DEMO_MODEL or Path(name).expanduser().is_dir() or config.model.delete_download:
+        return []
+    size = format_bytes(2 * count_parameters(spec.decoder))
+    return [f"The checkpoint itself takes about {size} of disk beside what is named below."]
 
 
 def read_sweep(text: str, *, option: str = "--sweep") -> tuple[str, list[str]]:

@@ -8,29 +8,25 @@ from __future__ import annotations
 import json
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eightgig.config import Choice, Config
+from eightgig.config import Config
 from eightgig.errors import EightgigError, Finding
-from eightgig.run import Run, mask_secrets, to_json, write_atomically
-from eightgig.units import MIB, format_bytes, format_seconds
+from eightgig.run import Run, mask_secrets, to_json
+from eightgig.units import format_bytes
 
 if TYPE_CHECKING:
-    from eightgig.cli.inputs import Asked
     from eightgig.export.export import Export
     from eightgig.export.push import Upload
     from eightgig.hardware.doctor import Examination
     from eightgig.hardware.facts import Facts
     from eightgig.hardware.probe import Hardware
-    from eightgig.memory.plan import Plan
-    from eightgig.memory.sweep import SweepPoint
     from eightgig.training.step import StepReport
 
 SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -44,9 +40,10 @@ def show_line(text: str, style: str = "") -> None:
     show_text(Text(text, style=style))
 
 
-def show_wrapped(text: str, style: str = "") -> None:
-    """Prose of a result, in the width of the terminal."""
-    _output().print(Text(text, style=style), highlight=False)
+def show_wrapped(text: str | Text, style: str = "") -> None:
+    """Prose of a result, in the width of the terminal; not for what is to be copied."""
+    prose = Text(text, style=style) if isinstance(text, str) else text
+    _output().print(prose, highlight=False)
 
 
 def show_text(text: Text) -> None:
@@ -123,48 +120,6 @@ def show_examination(examination: Examination, *, as_json: bool) -> None:
         show_line("Training cannot work here until the errors above are mended.", "bold red")
 
 
-def show_plan(plan: Plan, asked: Asked, *, picture: Path | None, as_json: bool) -> None:
-    """Whether it fits, memory by item, every choice with its reason, and what would help."""
-    if picture is not None:
-        from eightgig.memory.picture import draw_plan
-
-        write_atomically(picture, draw_plan(plan, title=asked.spec.name))
-    if as_json:
-        show_json(plan)
-        return
-    console = _output()
-    _write(console, Text(f"{asked.spec.name} on {machine_words(asked.hardware)}", "bold"))
-    for note in asked.notes:
-        _write(console, Text(note, "dim"))
-    _write(console, _verdict(plan))
-    device = "VRAM" if plan.device == "cuda" else "Memory"
-    console.print(_bytes_table(f"{device} at the peak", plan.breakdown, plan.peak_bytes))
-    console.print(_bytes_table(f"{device} budget", plan.budget_breakdown, plan.budget_bytes))
-    console.print(_bytes_table("Host memory", plan.host_breakdown, plan.host_bytes))
-    console.print(_choices_table(plan.choices))
-    for line in _forecast(plan):
-        _write(console, Text(line))
-    for advice in plan.advice:
-        _write(console, Text(f"- {advice}"))
-
-
-def show_sweep(key: str, points: Sequence[SweepPoint], *, as_json: bool) -> None:
-    """One line for each value of a setting."""
-    if as_json:
-        show_json({"setting": key, "points": points})
-        return
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in (key, "fits", "peak", "budget", "host memory", "tokens/s"):
-        table.add_column(column, justify="right")
-    for point in points:
-        plan = point.plan
-        speed = "" if plan.tokens_per_second is None else f"{plan.tokens_per_second:,.0f}"
-        sizes = (plan.peak_bytes, plan.budget_bytes, plan.host_bytes)
-        fits = "yes" if plan.fits else "no"
-        table.add_row(str(point.value), fits, *(format_bytes(size) for size in sizes), speed)
-    show_table(table)
-
-
 def show_new_config(
     path: Path, values: Mapping[str, object], machine: Hardware, *, as_json: bool
 ) -> None:
@@ -236,29 +191,6 @@ def _finding_text(finding: Finding, *, with_fix: bool = True) -> str:
     return f"{text} {finding.fix}" if with_fix else text
 
 
-def _bytes_table(title: str, items: Mapping[str, int], total_bytes: int) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("item")
-    table.add_column("MiB", justify="right")
-    table.add_column("", justify="left")
-    largest = max((abs(size) for size in items.values()), default=0) or 1
-    for name, size in items.items():
-        bar = "#" * round(24 * abs(size) / largest)
-        table.add_row(name.replace("_", " "), f"{size / MIB:,.1f}", Text(bar, style="blue"))
-    table.add_row(Text("total", "bold"), Text(f"{total_bytes / MIB:,.1f}", "bold"), "")
-    return table
-
-
-def _choices_table(choices: Iterable[Choice]) -> Table:
-    table = Table(title="Choices", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("choice", "value", "because", "instead of"):
-        table.add_column(column)
-    for choice in choices:
-        row = (choice.name, choice.value, choice.reason, choice.rejected)
-        table.add_row(*(Text(cell) for cell in row))
-    return table
-
-
 def _machine_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "system", facts.system + (" (WSL)" if facts.is_wsl else "")
     if facts.gpu is None:
@@ -275,27 +207,6 @@ def _machine_rows(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "matrix products", f"{rates.gemm_flops_per_second / 1e12:.1f} TFLOP/s"
         copies = (rates.host_to_device_bytes_per_second, rates.device_to_host_bytes_per_second)
         yield "copies", " in, ".join(f"{format_bytes(rate)}/s" for rate in copies) + " out"
-
-
-def _verdict(plan: Plan) -> Text:
-    word, style = ("It fits", "bold green") if plan.fits else ("It does not fit", "bold red")
-    peak, budget = format_bytes(plan.peak_bytes), format_bytes(plan.budget_bytes)
-    host, allowed = format_bytes(plan.host_bytes), format_bytes(plan.host_budget_bytes)
-    disk = format_bytes(plan.disk_bytes)
-    device = "VRAM" if plan.device == "cuda" else "memory"
-    needs = f": {peak} of {budget} {device}, {host} of {allowed} host memory, {disk} of disk."
-    return Text.assemble((word, style), needs)
-
-
-def _forecast(plan: Plan) -> Iterator[str]:
-    if plan.tokens_per_second is not None:
-        low, high = plan.tokens_per_second_range or (plan.tokens_per_second,) * 2
-        yield f"Speed: {plan.tokens_per_second:,.0f} tokens/s ({low:,.0f} to {high:,.0f})."
-    if plan.run_seconds is not None:
-        short, long = plan.run_seconds_range or (plan.run_seconds,) * 2
-        span = f"{format_seconds(short)} to {format_seconds(long)}"
-        steps = f"{plan.num_steps:,} optimizer steps"
-        yield f"Run: {steps} in {format_seconds(plan.run_seconds)} ({span})."
 
 
 def _output(*, stderr: bool = False) -> Console:

@@ -69,6 +69,7 @@ def doctor(as_json: AsJson = False) -> None:
     """Say what this machine can do, and the exact fix for what it cannot."""
     from eightgig.hardware.doctor import examine
 
+    render.show_note("Looking at this machine; torch alone takes 10 to 40 seconds.")
     examination = examine()
     render.show_examination(examination, as_json=as_json)
     if not examination.can_train:

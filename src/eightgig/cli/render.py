@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from eightgig.export.push import Upload
     from eightgig.hardware.doctor import Examination
     from eightgig.hardware.facts import Facts
+    from eightgig.hardware.nvml import Gpu
     from eightgig.hardware.probe import Hardware
     from eightgig.training.step import StepReport
 
@@ -98,8 +99,8 @@ def show_findings(findings: Iterable[Finding]) -> None:
     console = _output()
     for finding in findings:
         head = (f"{finding.severity}: ", SEVERITY_STYLES[finding.severity])
-        _write(console, Text.assemble(head, _finding_text(finding, with_fix=False)))
-        _write(console, Text.assemble(("  why: ", "dim"), finding.why))
+        _write_prose(console, Text.assemble(head, _finding_text(finding, with_fix=False)))
+        _write_prose(console, Text.assemble(("  why: ", "dim"), finding.why))
         _write(console, Text.assemble(("  fix: ", "dim"), finding.fix))
 
 
@@ -115,7 +116,8 @@ def show_examination(examination: Examination, *, as_json: bool) -> None:
     show_table(table)
     show_findings(findings)
     if examination.can_train:
-        show_line("This machine can train.", "bold green")
+        place = "" if facts.gpu is not None else ", on its processor: small models"
+        show_line(f"This machine can train{place}.", "bold green")
     else:
         show_line("Training cannot work here until the errors above are mended.", "bold red")
 
@@ -198,10 +200,13 @@ def _machine_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     else:
         vram = f"{format_bytes(facts.gpu.total_bytes)}, {format_bytes(facts.gpu.free_bytes)} free"
         yield "GPU", f"{facts.gpu.name}, {vram}"
+        yield from _card_rows(facts.gpu)
     free, total = format_bytes(facts.host_free_bytes), format_bytes(facts.host_total_bytes)
     yield "main memory", f"{total}, {free} free"
     yield "disk", f"{format_bytes(facts.disk_free_bytes)} free for prepared weights"
     yield from facts.versions.items()
+    if facts.bitsandbytes.library:
+        yield "its library", Path(facts.bitsandbytes.library).name
     rates = facts.rates
     if rates is not None:
         yield "matrix products", f"{rates.gemm_flops_per_second / 1e12:.1f} TFLOP/s"
@@ -209,10 +214,28 @@ def _machine_rows(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "copies", " in, ".join(f"{format_bytes(rate)}/s" for rate in copies) + " out"
 
 
+def _card_rows(gpu: Gpu) -> Iterator[tuple[str, str]]:
+    """What the driver tells of its link, heat and power."""
+    if gpu.max_pcie_generation and gpu.pcie_lanes:
+        yield "PCIe", f"{gpu.max_pcie_generation}.0 x{gpu.pcie_lanes}"
+    state = []
+    if gpu.temperature_celsius is not None:
+        state.append(f"{gpu.temperature_celsius} degrees Celsius")
+    if gpu.power_limit_watts:
+        state.append(f"limit {gpu.power_limit_watts:.0f} W")
+    if state:
+        yield "heat and power", ", ".join(state)
+
+
 def _output(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr)
     # A file or a pipe has no width; tables squeezed into 80 columns are hard to read there.
     return console if console.is_terminal else Console(stderr=stderr, width=_PIPE_COLUMNS)
+
+
+def _write_prose(console: Console, text: Text) -> None:
+    """Wrapped between words for people; one line for programs."""
+    console.print(text, soft_wrap=not console.is_terminal, highlight=False)
 
 
 def _write(console: Console, text: Text) -> None:

@@ -15,19 +15,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from eightgig.memory.estimate import READ_BUFFERS, WRITES_IN_FLIGHT
 from eightgig.streaming.host import PinnedArenas
 from eightgig.streaming.meter import WaitMeter
 
 BundleKey = tuple[int, int]
 """Layer and micro-batch."""
 
-_WRITES_IN_FLIGHT = 2
-_READS_AHEAD = 2
+_READS_AHEAD = READ_BUFFERS - 1
 _ALIGNMENT_BYTES = 256
+_MOST_TENSORS = 8  # of a bundle: so often its bytes may be rounded up
 
 
 class Waiting(Protocol):
     """Where bundles wait."""
+
+    def begin(self) -> None:
+        """Take the memory that reading will need, before a pass takes and frees other."""
 
     def put(self, key: BundleKey, bundle: dict[str, Tensor]) -> None:
         """Keep contiguous tensors; the caller must not change them."""
@@ -47,6 +51,9 @@ class DeviceWaiting:
 
     def __init__(self) -> None:
         self._bundles: dict[BundleKey, dict[str, Tensor]] = {}
+
+    def begin(self) -> None:
+        """Nothing is read back."""
 
     def put(self, key: BundleKey, bundle: dict[str, Tensor]) -> None:
         """Keep references."""
@@ -72,19 +79,32 @@ class HostWaiting:
         device: Where tensors come from and go to.
         meter: Times the waits for copies.
         expected_bytes: Of all bundles of a step, as planned; host memory is taken in such portions.
+        buffer_bytes: Of the largest bundle, as planned.
     """
 
-    def __init__(self, device: torch.device, meter: WaitMeter, *, expected_bytes: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        meter: WaitMeter,
+        *,
+        expected_bytes: int,
+        buffer_bytes: int,
+    ) -> None:
         self._device = device
         self._meter = meter
         self._arenas = PinnedArenas(is_pinned=True)
         self._left_bytes = expected_bytes
+        self._buffer_bytes = buffer_bytes + _MOST_TENSORS * _ALIGNMENT_BYTES
         self._runs: dict[tuple[BundleKey, str], Tensor] = {}
         self._views: dict[BundleKey, dict[str, Tensor]] = {}
         self._out_stream = torch.cuda.Stream(device)
         self._in_stream = torch.cuda.Stream(device)
         self._writing: deque[tuple[dict[str, Tensor], torch.cuda.Event]] = deque()
         self._buffers: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Have the buffers: taken later, they would lie between what a pass has left free."""
+        self._buffers_for(self._buffer_bytes)
 
     def put(self, key: BundleKey, bundle: dict[str, Tensor]) -> None:
         """Start the copy to the host once the work queued so far is done."""
@@ -97,7 +117,7 @@ class HostWaiting:
                 views[name].copy_(tensor, non_blocking=True)
             event.record(self._out_stream)
         self._writing.append((bundle, event))
-        while len(self._writing) > _WRITES_IN_FLIGHT:
+        while len(self._writing) > WRITES_IN_FLIGHT:
             self._finish_write()
 
     def read(self, keys: Sequence[BundleKey]) -> Iterator[dict[str, Tensor]]:
@@ -165,7 +185,7 @@ class HostWaiting:
             self._buffers = []
             self._buffers = [
                 torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
-                for _ in range(_READS_AHEAD + 1)
+                for _ in range(READ_BUFFERS)
             ]
         return self._buffers
 

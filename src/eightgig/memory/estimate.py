@@ -19,8 +19,11 @@ from eightgig.units import KIB, MIB
 SLOT_ROUNDING_BYTES = 2 * MIB
 RING_SLOTS = 3
 HEAD_CHUNK_MULTIPLE = 256
+# Tokens whose per-layer inputs are made at a time: float32 copies of (N, L, P) for a whole
+# micro-batch would be the peak of a step in E2B and E4B.
+PLE_TILE_TOKENS = 512
 GRADIENT_BUFFERS = 2
-# Bundles on their way back from the host, and on their way to it: as in `engine.checkpoints`.
+# Bundles on their way back from the host, the one in use among them, and on their way to it.
 READ_BUFFERS = 3
 WRITES_IN_FLIGHT = 2
 HEAD_BYTES = 2  # the head stays bfloat16, as in the checkpoint
@@ -234,12 +237,14 @@ def hidden_bytes(work: Workload, layout: Layout) -> int:
 def embedding_bytes(work: Workload, layout: Layout) -> int:
     """Making a micro-batch's per-layer inputs beside its embedding.
 
-    Rows and products of N L P in the compute dtype, and three float32 copies in their norm.
+    For a tile of tokens: rows and products of L P in the compute dtype, and three float32 copies
+    in their norm.
     """
     decoder, tokens = work.decoder, layout.micro_batch_tokens
     width = decoder.num_layers * decoder.ple_size
     embedded = tokens * decoder.hidden_size * 2 * work.stream_bytes
-    return embedded + tokens * width * (2 * work.element_bytes + 3 * 4)
+    tile = min(tokens, PLE_TILE_TOKENS)
+    return embedded + tile * width * (2 * work.element_bytes + 3 * 4)
 
 
 def checkpoint_bytes(work: Workload, layout: Layout) -> int:

@@ -1,8 +1,8 @@
 """What only a running torch can tell: rates, and whether a real NF4 training step is right.
 
-The only module of `hardware` that uses torch, always inside a function. `eightgig doctor` runs it
-as a child process (`python -m eightgig.hardware.bench NAME`), so that a library that crashes on
-import takes nothing else with it.
+The only module of `hardware` that uses torch, always inside a function (and `triton_probe`, which
+it calls). `eightgig doctor` runs it as a child process (`python -m eightgig.hardware.bench NAME`),
+so that a library that crashes on import takes nothing else with it.
 """
 
 from __future__ import annotations
@@ -224,6 +224,13 @@ def bitsandbytes_facts() -> dict[str, Any]:
     }
 
 
+def triton_kernel(device: str) -> dict[str, Any]:
+    """Whether Triton compiles a kernel here: its version, and whether the result is right."""
+    from eightgig.hardware.triton_probe import run_kernel
+
+    return run_kernel(device)
+
+
 def nf4_step(device: Literal["cuda", "cpu"]) -> dict[str, float]:
     """One real training step through bitsandbytes, against the same step in float32.
 
@@ -301,6 +308,7 @@ def main(arguments: list[str]) -> None:
         "torch": torch_facts,
         "bitsandbytes": bitsandbytes_facts,
         "nf4_step": nf4_step,
+        "triton": triton_kernel,
         "rates": measure_rates,
         "pinned": lambda wanted: pinned_bytes(int(wanted)),
     }

@@ -13,15 +13,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from eightgig.config import default_cache_dir, read_config
+from eightgig.config import default_cache_dir, full_setting, read_config
 from eightgig.errors import EightgigError, HardwareError
 from eightgig.hardware.probe import disk_free_bytes
 from eightgig.memory.host_estimate import table_bytes
-from eightgig.memory.sweep import find_setting
 from eightgig.memory.workload import build_workload
 from eightgig.models.read import require_trainable
 from eightgig.models.shapes import find_shape
@@ -30,10 +29,8 @@ from eightgig.models.spec import ModelSpec
 from eightgig.quant.manifest import FORMAT_VERSION
 from eightgig.run import from_json, to_json
 
-_LISTS = ("memory.offload", "lora.target_modules")
-_ROWS = "train.gradient_accumulation_steps"
 # Words of the command line for what it times.
-_SHORT_NAMES = {"tokens": "data.max_length", "rows": _ROWS, "rank": "lora.r"}
+_SHORT_NAMES = {"tokens": "max_length", "rows": "gradient_accumulation_steps", "rank": "lora.r"}
 _LAST_LINES = 3
 
 
@@ -154,36 +151,30 @@ def make_cases(
         ModelError: No such model, or one that cannot be trained.
     """
     require_trainable(find_shape(model))
-    shared = [full_setting(text) for text in settings]
+    shared = [_setting(text) for text in settings]
     names = [name for name, _ in compare]
     cases = []
     for values in itertools.product(*(values for _, values in compare)):
-        differing = [f"{name}={value}" for name, value in zip(names, values, strict=True)]
-        own = (*shared, *(full_setting(text) for text in differing))
+        pairs = list(zip(names, values, strict=True))
+        own = [_setting(f"{name}={value}") for name, value in pairs]
         case = BenchCase(
-            name=", ".join((model, *differing)),
-            settings=(f"model.name={model}", "data.path=random", *own),
+            name="",
+            settings=(f"model.name={model}", "data.path=random", *shared, *own),
             timed_steps=timed_steps,
             stores=str(stores or default_cache_dir() / "bench"),
             shares_layers=shares_layers,
         )
-        read_config(None, case.settings)  # wrong values are refused before the first case runs
-        cases.append(case)
+        config = read_config(None, case.settings)  # wrong values are refused before a case runs
+        rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+        said = [f"{name}={value}" for name, value in pairs if name not in ("tokens", "rows")]
+        name = ", ".join((f"{model}-{rows}x{config.data.max_length}", *said))
+        cases.append(replace(case, name=name))
     return tuple(cases)
 
 
-def full_setting(text: str) -> str:
-    """`rank=16` as `lora.r=16`, `offload=a+b` as `memory.offload=[a, b]`.
-
-    Raises:
-        ConfigError: There is no such setting.
-    """
+def _setting(text: str) -> str:
     name, has_value, value = text.partition("=")
-    setting = _SHORT_NAMES.get(name) or find_setting(name)
-    if setting in _LISTS and not value.startswith("[") and value not in ("auto", "all-linear"):
-        parts = [] if value == "none" else value.split("+")
-        value = f"[{', '.join(parts)}]"
-    return f"{setting}{has_value}{value}"
+    return full_setting(f"{_SHORT_NAMES.get(name, name)}{has_value}{value}")
 
 
 def run_cases(

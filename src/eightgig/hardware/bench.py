@@ -1,8 +1,8 @@
 """What only a running torch can tell: rates, and whether a real NF4 training step is right.
 
-The only module of `hardware` that uses torch, always inside a function. `eightgig doctor` runs it
-as a child process (`python -m eightgig.hardware.bench NAME`), so that a library that crashes on
-import takes nothing else with it.
+The only module of `hardware` that uses torch, always inside a function (and `triton_probe`, which
+it calls). `eightgig doctor` runs it as a child process (`python -m eightgig.hardware.bench NAME`),
+so that a library that crashes on import takes nothing else with it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _GPU_GEMM = (2048, 3840, 15360)
 _CPU_GEMM = (512, 1536, 4096)
 _COPY_BYTES = 128 * MIB
+# Under load a card's clock comes down to what its power limit allows: what is timed comes after.
+_WARM_UP_SECONDS = 0.7
+_LAUNCHES = 500
 _TRIES = 8
 _PIN_STEP_BYTES = 256 * MIB
 # With two engines, both directions together are nearly twice as fast as one.
@@ -47,6 +50,7 @@ def measure_rates(
         return _cpu_rates()
     import torch
 
+    launching = _launch_seconds()
     gemm = _gpu_gemm_seconds(getattr(torch, compute_dtype))
     passing, to_device, to_host, both = _gpu_copy_seconds()
     torch.cuda.empty_cache()
@@ -61,18 +65,41 @@ def measure_rates(
         both_ways_bytes_per_second=together,
         copy_engines=2 if together > _TWO_ENGINES_RATIO * alone else 1,
         is_measured=True,
+        launch_seconds=launching,
     )
 
 
 def _gpu_gemm_seconds(dtype: torch.dtype) -> float:
-    """One product of the shape `_GPU_GEMM`."""
+    """One product of the shape `_GPU_GEMM`, at the clock of long work."""
     import torch
 
     tokens, inner, outer = _GPU_GEMM
     left = torch.randn(tokens, inner, device="cuda", dtype=dtype)
     right = torch.randn(outer, inner, device="cuda", dtype=dtype)
     out = torch.empty(tokens, outer, device="cuda", dtype=dtype)
-    return _gpu_seconds(lambda: torch.mm(left, right.t(), out=out))
+
+    def multiply() -> None:
+        torch.mm(left, right.t(), out=out)
+
+    until = time.perf_counter() + _WARM_UP_SECONDS
+    while time.perf_counter() < until:
+        _gpu_seconds(multiply)
+    return _gpu_seconds(multiply)
+
+
+def _launch_seconds() -> float:
+    """Python's time for one small operation, while the device keeps up."""
+    import torch
+
+    numbers = torch.zeros(8, device="cuda")
+    times = []
+    for _ in range(_TRIES):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(_LAUNCHES):
+            numbers.add_(1.0)
+        times.append((time.perf_counter() - start) / _LAUNCHES)
+    return min(times)
 
 
 def _cpu_rates() -> Rates:
@@ -197,6 +224,13 @@ def bitsandbytes_facts() -> dict[str, Any]:
     }
 
 
+def triton_kernel(device: str) -> dict[str, Any]:
+    """Whether Triton compiles a kernel here: its version, and whether the result is right."""
+    from eightgig.hardware.triton_probe import run_kernel
+
+    return run_kernel(device)
+
+
 def nf4_step(device: Literal["cuda", "cpu"]) -> dict[str, float]:
     """One real training step through bitsandbytes, against the same step in float32.
 
@@ -274,6 +308,7 @@ def main(arguments: list[str]) -> None:
         "torch": torch_facts,
         "bitsandbytes": bitsandbytes_facts,
         "nf4_step": nf4_step,
+        "triton": triton_kernel,
         "rates": measure_rates,
         "pinned": lambda wanted: pinned_bytes(int(wanted)),
     }

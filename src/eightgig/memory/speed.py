@@ -54,11 +54,13 @@ DEQUANT_BYTES = {"triton": 2.52, "plain": 4.8}
 # Launching the work from Python: a layer's weights, a micro-batch through it, a further tile of its
 # MLP, and a bundle to the host or back. Fitted to steps on an H100 with 16 virtual CPUs, whose
 # launches take longer than the work of small layers.
+LAUNCH_SECONDS = 4e-6
 OPEN_SECONDS = 0.0005
 FORWARD_SECONDS = 0.0019
 BACKWARD_SECONDS = 0.0031
 TILE_SECONDS = 0.0004
 BUNDLE_SECONDS = 0.0002
+DROPOUT_SECONDS = 0.0008
 # From the last gradient of a step to the first layer of the next the GPU has nothing to do.
 STEP_SECONDS = 0.025
 # AdamW on the host reads and writes seven float32 numbers per parameter.
@@ -114,7 +116,7 @@ def step_time(
     visits = -(-micro_batches // layout.micro_batches_per_visit)
     forward, backward = _layer_seconds(work, layout, rates, tokens / micro_batches)
     dequant = _dequant_seconds(work, layout, rates) * visits
-    launching = _launch_seconds(work, layout, micro_batches, visits)
+    launching = _launch_seconds(work, layout, rates, micro_batches, visits)
     head = _head_seconds(work, layout, rates, tokens * work.loss_share)
     source = min(rates.host_to_device_bytes_per_second, source_bytes_per_second)
     copies = _copy_seconds(work, layout, rates, source, visits)
@@ -241,18 +243,21 @@ def _layer_seconds(
 
 
 def _launch_seconds(
-    work: Workload, layout: Layout, micro_batches: int, visits: int
+    work: Workload, layout: Layout, rates: Rates, micro_batches: int, visits: int
 ) -> tuple[float, float]:
     """Python's time for a step's layers, forward and backward; the GPU works beside it."""
     tiles = -(-layout.micro_batch_tokens // layout.mlp_tile_tokens)
     shared = TILE_SECONDS * (tiles - 1)
     if layout.checkpoints == "host":
         shared += BUNDLE_SECONDS
+    if work.has_dropout:
+        shared += DROPOUT_SECONDS
     forward = OPEN_SECONDS * visits + (FORWARD_SECONDS + shared) * micro_batches
     # The backward pass computes its tiles forward again.
     again = TILE_SECONDS * (tiles - 1)
     backward = OPEN_SECONDS * visits + (BACKWARD_SECONDS + shared + again) * micro_batches
-    return work.num_layers * forward, work.num_layers * backward
+    each = work.num_layers * rates.launch_seconds / LAUNCH_SECONDS
+    return each * forward, each * backward
 
 
 def _offloaded_flops_ratio(work: Workload, layer: LayerSize, offload: tuple[str, ...]) -> float:

@@ -1,11 +1,21 @@
 """The questions that only a running torch answers, on the processor."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from eightgig.hardware import bench
-from eightgig.hardware.facts import BitsandbytesFacts, StepFacts, TorchFacts
+from eightgig.hardware.facts import (
+    BitsandbytesFacts,
+    StepFacts,
+    TorchFacts,
+    TritonFacts,
+    ask_child,
+    read_triton,
+)
 from eightgig.hardware.software_checks import check_step
 from eightgig.run import from_json
 from tests.unit.hardware.machines import cpu_machine
@@ -54,3 +64,27 @@ def test_an_answer_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> No
     bench.main(["torch"])
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["version"]
+
+
+def test_a_kernel_is_compiled_and_right_under_the_interpreter() -> None:
+    code = "from eightgig.hardware.bench import main; main(['triton', 'cpu'])"
+    pytest.importorskip("triton", reason="Triton has no wheel for this system")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    triton = from_json(TritonFacts, json.loads(done.stdout))
+    assert triton.is_right
+    assert triton.version
+
+
+def test_without_a_gpu_a_kernel_says_why_not() -> None:
+    """The processor alone cannot run it: the child ends with the reason, as a broken one would."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this system")
+    facts = read_triton(ask_child("triton", "cpu"))
+    assert not facts.is_right
+    assert facts.error

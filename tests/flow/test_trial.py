@@ -42,7 +42,13 @@ def _job(base: Path, folder: Path, *, seen: list[object] | None = None, **option
     plan = settings.pop("plan", None)
     config = jobs.make_config(base, folder, **settings)
     observe = (lambda _: None) if seen is None else seen.append
-    return jobs.make_job(config, held_out=jobs.make_rows(5, seed=3), plan=plan, observe=observe)
+    return jobs.make_job(
+        config,
+        rows=jobs.make_rows(24),
+        held_out=jobs.make_rows(5, seed=3),
+        plan=plan,
+        observe=observe,
+    )
 
 
 def _try(job: Job) -> tuple[trial.TrialResult, tuple[Any, ...]]:
@@ -85,8 +91,8 @@ def test_after_the_trial_everything_is_as_it_was(base: Path, tmp_path: Path) -> 
     moments = {name: tensor.clone() for name, tensor in moments.items()}
     result, findings = _try(job)
     assert findings == ()
-    assert result.steps == 10
-    assert result.rows == 60
+    assert result.steps == len(list(trial.sample_steps(make_schedule(job.config, job.rows, 40))))
+    assert result.rows == 24
     assert result.loss_after < result.loss_before
     assert result.gradient_error is not None
     assert torch.equal(jobs.adapter_of(job), adapter)
@@ -140,7 +146,7 @@ def test_a_long_run_has_time_for_more(
     monkeypatch.setattr(trial, "MIN_SECONDS", 0.0)
     job = _job(base, tmp_path)
     job = replace(job, plan=replace(job.plan, run_seconds=36_000.0))
-    assert _try(job)[0].steps == 10
+    assert _try(job)[0].rows == 24
 
 
 @pytest.mark.parametrize(
@@ -184,7 +190,7 @@ def test_a_run_that_goes_on_is_not_tried_again(base: Path, tmp_path: Path) -> No
     assert next(reports).step == 2
     reports.close()
     seen.clear()
-    again = jobs.make_job(job.config, held_out=job.held_out, resume=True)
+    again = jobs.make_job(job.config, rows=job.rows, held_out=job.held_out, resume=True)
     assert [report.step for report in jobs.finish(again, seen.append)] == [2, 3]
     assert jobs.events(seen, "trial") == []
     assert len(jobs.events(seen, "resume")) == 1
@@ -227,7 +233,7 @@ def test_a_trial_that_fails_leaves_the_run_to_be_begun(
     assert torch.equal(jobs.adapter_of(job), before)
     # Other settings are no other run: nothing of it had begun.
     config = replace(job.config, train=replace(job.config.train, learning_rate=1e-3))
-    again = jobs.make_job(config, resume=True)
+    again = jobs.make_job(config, rows=job.rows, resume=True)
     assert len(jobs.finish(again)) == 3
     assert "learning_rate: 0.001" in again.run.config_path.read_text()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -13,31 +12,32 @@ from eightgig.training.step import StepSchedule
 
 MAX_ROWS = 100
 _MAX_ROWS_OF_A_STEP = 25
-_LOOKED_AT_STEPS = 500
+_LOOKED_AT_ROWS = 5_000
 _WANTED_LOSS_TOKENS = 256
 _MAX_SHORT_ROWS = 16
 
 
-def sample_steps(schedule: StepSchedule) -> Iterator[NDArray[np.int64]]:
-    """The rows of each step of the trial: about `MAX_ROWS`, each once.
+def largest_steps(schedule: StepSchedule) -> list[NDArray[np.int64]]:
+    """The rows of the steps that a trial must do, each as large as a step of the run.
 
-    First a step of the longest rows, and the one with the largest micro-batch among the first
-    steps of the run where that is larger; these have as many rows as a step of the run. Then
-    others at random.
+    One of the longest rows, and the one with the largest micro-batch among the first steps of the
+    run where that is larger still.
     """
     longest = schedule.longest_rows()
-    taken = set(longest.tolist())
-    yield longest
-    fullest = max(schedule.epoch_steps(0)[:_LOOKED_AT_STEPS], key=partial(largest, schedule))
+    steps = schedule.epoch_steps(0)[: max(1, _LOOKED_AT_ROWS // schedule.rows_per_step)]
+    fullest = max(steps, key=partial(largest, schedule))
     if largest(schedule, fullest) > largest(schedule, longest):
-        fresh = fullest[~np.isin(fullest, longest)]
-        yield fullest if len(fresh) == len(fullest) else fresh
-        taken |= set(fullest.tolist())
+        return [longest, fullest]
+    return [longest]
+
+
+def other_steps(schedule: StepSchedule, taken: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """The rows of further steps: others than those `taken`, at random, `MAX_ROWS` with them."""
+    seen = set(np.concatenate(taken).tolist())
     order = random_order(schedule.dataset.num_rows, seed=schedule.seed, stream=0)
-    rest = [row for row in order.tolist() if row not in taken][: max(0, MAX_ROWS - len(taken))]
+    rest = [row for row in order.tolist() if row not in seen][: max(0, MAX_ROWS - len(seen))]
     size = min(schedule.rows_per_step, _MAX_ROWS_OF_A_STEP)
-    for start in range(0, len(rest), size):
-        yield np.array(rest[start : start + size], np.int64)
+    return [np.array(rest[at : at + size], np.int64) for at in range(0, len(rest), size)]
 
 
 def largest(schedule: StepSchedule, rows: NDArray[np.int64]) -> int:

@@ -8,9 +8,11 @@ bit for bit what they were.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,13 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eightgig.adapters.lora import named_views
 from eightgig.data.batches import Batch, Dataset, pack_rows
 from eightgig.data.select import select_rows
 from eightgig.errors import Finding, TrainingStopped
 from eightgig.run import Run
 from eightgig.training import verdicts
 from eightgig.training.checkpoint import Checkpoint, read_checkpoint
-from eightgig.training.sample import largest, sample_steps, short_rows
+from eightgig.training.sample import largest, largest_steps, other_steps, short_rows
 from eightgig.training.save import SavedCheckpoint, save_checkpoint
 from eightgig.training.selftest import GradientCheck, check_gradients
 from eightgig.training.step import StepSchedule, clip_scale
@@ -101,7 +104,7 @@ def run_trial(
     adapter = job.engine.adapter
     assert adapter is not None
     untouched = adapter.whole.cpu().clone()
-    trial = _Trial(job, worker)
+    trial = _Trial(job, worker, untouched)
     try:
         result = trial.run(num_evaluations)
     finally:
@@ -125,8 +128,9 @@ class _Trial:
         findings: What does not stand in the way of the run.
     """
 
-    def __init__(self, job: Job, worker: Worker) -> None:
+    def __init__(self, job: Job, worker: Worker, untouched: Tensor) -> None:
         self.findings: list[Finding] = []
+        self._untouched = untouched
         assert job.engine.adapter is not None
         self._job = job
         self._worker = worker
@@ -140,18 +144,18 @@ class _Trial:
 
     def run(self, num_evaluations: int) -> TrialResult:
         worker, packing = self._worker, self._job.config.data.packing
-        steps = list(sample_steps(worker.schedule))
-        initial = [tensor.cpu().clone() for _, tensor in self._adapter.named_tensors()]
+        required = largest_steps(worker.schedule)
+        steps = [*required, *other_steps(worker.schedule, required)]
         first = self._gradients(1, steps[0])
         watched = self._watched_rows(steps)
         before = worker.row_losses(0, watched, packing=packing)
         self._move(1, first, len(steps))
         done = 1
-        while done < len(steps) and self._has_time_for(steps[done]):
+        while done < len(required) or (done < len(steps) and self._has_time_for(steps[done])):
             done += 1
             self._move(done, self._gradients(done, steps[done - 1]), len(steps))
         worker.finish(done)
-        self._check_numbers(initial, done)
+        self._check_numbers(done)
         self._go_on_from_a_checkpoint(done)
         start_seconds = time.monotonic()
         after = worker.row_losses(done, watched, packing=packing)
@@ -208,17 +212,27 @@ class _Trial:
         count = int(np.searchsorted(np.cumsum(self._job.rows.lengths[rows]), tokens))
         return select_rows(self._job.rows, rows[: max(2, count)])
 
-    def _check_numbers(self, initial: list[Tensor], steps: int) -> None:
+    def _check_numbers(self, steps: int) -> None:
         gradients = self._worker.engine.gradients
         assert gradients is not None
         kept = {"the adapter": self._adapter.whole, "its gradient": gradients.whole}
         self._hear(verdicts.judge_dtypes(kept, self._optimizer.state_tensors()))
-        moved = (tensor.cpu() for _, tensor in self._adapter.named_tensors())
-        self._hear(verdicts.judge_moved(initial, moved, steps))
+        pairs = zip(self._adapter.masters, self._layers(self._untouched), strict=True)
+        before, after = [], []
+        for layer, (now, untouched) in enumerate(pairs):
+            groups = self._adapter.layers[layer]
+            before += [view for _, view in named_views(untouched, groups, layer)]
+            after += [view for _, view in named_views(now.cpu(), groups, layer)]
+        self._hear(verdicts.judge_moved(before, after, steps))
+
+    def _layers(self, whole: Tensor) -> Sequence[Tensor]:
+        """A tensor laid out as the adapter, by layer."""
+        parts: Sequence[Tensor] = whole.split([run.numel() for run in self._adapter.masters])
+        return parts
 
     def _go_on_from_a_checkpoint(self, step: int) -> None:
         """Save, forget, read, and compare every number."""
-        expected = self._numbers()
+        expected = self._digests()
         saved = self._worker.attempt(step, partial(self._save, step))
         self._adapter.whole.zero_()
         self._optimizer.reset()
@@ -226,14 +240,14 @@ class _Trial:
         self._adapter.load(checkpoint.adapter)
         self._optimizer.load_state_tensors(checkpoint.optimizer)
         self._worker.adapter_has_changed()
-        self._hear(verdicts.judge_restored(expected, self._numbers()))
+        self._hear(verdicts.judge_restored(expected, self._digests()))
         self._save_seconds = saved.seconds
         self._hear(verdicts.judge_save(saved.seconds, self._job.config.run.save_minutes))
 
-    def _numbers(self) -> dict[str, Tensor]:
-        """Everything that a later step depends on, copied."""
+    def _digests(self) -> dict[str, str]:
+        """Hash of everything that a later step depends on; a copy would take its memory again."""
         tensors = {**dict(self._adapter.named_tensors()), **self._optimizer.state_tensors()}
-        return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        return {name: _digest(tensor) for name, tensor in tensors.items()}
 
     def _save(self, step: int) -> SavedCheckpoint:
         start = self._job.start
@@ -306,6 +320,11 @@ class _Trial:
             fix = f"{finding.fix} Nothing of the run has begun: then run it with --resume."
             raise TrainingStopped(finding.message, why=finding.why, fix=fix, findings=(finding,))
         self.findings.append(finding)
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(content.numpy())).hexdigest()
 
 
 def reserved_peak_bytes(device: str) -> int:

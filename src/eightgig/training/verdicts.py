@@ -82,13 +82,10 @@ def judge_moved(before: Iterable[Tensor], after: Iterable[Tensor], steps: int) -
     )
 
 
-def judge_restored(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Finding | None:
-    """What a checkpoint gives back is what was saved, bit for bit."""
-    differing = sorted(
-        name
-        for name in set(expected) | set(found)
-        if name not in expected or name not in found or not torch.equal(expected[name], found[name])
-    )
+def judge_restored(expected: Mapping[str, str], found: Mapping[str, str]) -> Finding | None:
+    """What a checkpoint gives back is what was saved: the same hash by name of tensor."""
+    names = set(expected) | set(found)
+    differing = sorted(name for name in names if expected.get(name) != found.get(name))
     if not differing:
         return None
     return make_finding(

@@ -73,10 +73,9 @@ def test_what_is_kept_is_kept_in_float32() -> None:
 
 
 def test_a_checkpoint_gives_back_every_bit() -> None:
-    saved = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
-    assert verdicts.judge_restored(saved, {name: t.clone() for name, t in saved.items()}) is None
-    other = {**saved, "b": torch.nextafter(saved["b"], torch.tensor(9.0))}
-    assert _code(verdicts.judge_restored(saved, other)) == "error resume"
+    saved = {"a": "12ab", "b": "34cd"}
+    assert verdicts.judge_restored(saved, dict(saved)) is None
+    assert _code(verdicts.judge_restored(saved, {**saved, "b": "34ce"})) == "error resume"
     assert _code(verdicts.judge_restored(saved, {"a": saved["a"]})) == "error resume"
     assert _code(verdicts.judge_restored({}, saved)) == "error resume"
 

@@ -93,7 +93,7 @@ def make_job(
     rows = make_rows(60) if rows is None else rows
     layout = {"micro_batch_tokens": 40, "layer_slots": 4, **(plan or {})}
     planned = engines.make_plan(**layout)
-    store = open_store(spec, base, config.model, device="cpu")
+    store = open_store(spec, base, config.model, device=planned.device)
     run = create_run(config, resume=resume)
     source = (spec, store)
     loaded = load_engine(run, config, source, planned, observe)

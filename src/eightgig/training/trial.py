@@ -324,7 +324,7 @@ class _Trial:
 
 def _digest(tensor: Tensor) -> str:
     content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(content.numpy())).hexdigest()
+    return hashlib.sha256(content.numpy().tobytes()).hexdigest()
 
 
 def reserved_peak_bytes(device: str) -> int:

@@ -15,7 +15,7 @@ from eightgig.demo import demo_model_path
 from eightgig.errors import ModelError
 from eightgig.models.checkpoint import read_config, read_model_spec
 from eightgig.models.hub import find_local_model, look_up_hub_model
-from eightgig.models.known import KNOWN_MODELS, known_model_spec
+from eightgig.models.known import known_model_spec
 from eightgig.models.read import parse_model_spec
 from eightgig.models.spec import ModelSpec
 
@@ -93,7 +93,8 @@ def find_shape(name: str, *, revision: str | None = None) -> ModelSpec:
         raise ModelError(
             error.message,
             why=error.why,
-            fix=f"{error.fix} Known without files or network: {', '.join(known_names())}.",
+            fix=f"{error.fix} Known without files or network: the five Gemma 4 sizes, and "
+            f"{', '.join(SHAPES)}.",
         ) from None
 
 
@@ -102,8 +103,3 @@ def known_shape(name: str) -> ModelSpec | None:
     wanted = SHAPES.get(name.lower(), name)
     config = _OTHER_CONFIGS.get(wanted)
     return parse_model_spec(config, name=wanted) if config else known_model_spec(wanted)
-
-
-def known_names() -> tuple[str, ...]:
-    """What `known_shape` answers, short names first."""
-    return (*SHAPES, *(name for name in KNOWN_MODELS if name.endswith("-it")))

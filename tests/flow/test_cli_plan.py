@@ -121,7 +121,7 @@ def test_what_is_assumed_of_another_machine_is_said(capsys: pytest.CaptureFixtur
     shown = " ".join(_plan(capsys, *asked).split())
     assert "Assumed: 32.00 GiB of main memory" in shown
     assert "no desktop on the card" in shown
-    assert "The checkpoint itself takes about" in shown
+    assert "The checkpoint takes about" in shown
     assert "Each million tokens takes" in shown
     given = " ".join(_plan(capsys, *asked, "--ram", "8GiB", "--display").split())
     assert "GiB of main memory, " not in given.partition("It fits")[0]

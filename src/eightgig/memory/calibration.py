@@ -150,7 +150,12 @@ def read_measured_peaks(path: Path) -> tuple[MeasuredPeak, ...]:
 
 def predict_peak(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> int:
     """Today's forecast of the reserved peak of `row`, which trained `spec`."""
-    return sum(device_bytes(*_asked(row, spec)).values())
+    return sum(predict_items(row, spec).values())
+
+
+def predict_items(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> dict[str, int]:
+    """The same by item."""
+    return device_bytes(*_asked(row, spec))
 
 
 def predict_speed(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> float:

@@ -185,7 +185,7 @@ def parse_line(model: str, words: list[str], stores: Path) -> BenchCase:
         f"micro_batches_per_visit={per_visit}",
     ]
     (case,) = make_cases(model, settings, [], timed_steps=2, stores=stores)
-    return dataclasses.replace(case, name=f"{model} {' '.join(words)}", warmup_steps=1)
+    return dataclasses.replace(case, name=f"{model} {' '.join(words)}", warmup_steps=2)
 
 
 def bound_plan(case: PeakCase, spec: ModelSpec, hardware: Hardware) -> tuple[Config, Plan]:

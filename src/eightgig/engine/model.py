@@ -22,7 +22,7 @@ from eightgig.engine.embedding import Embedding, HostInputs
 from eightgig.engine.gradients import Gradients
 from eightgig.engine.head import HeadChunks, HeadResult, StreamedHead
 from eightgig.engine.weights import WeightReader
-from eightgig.memory.estimate import READ_BUFFERS
+from eightgig.memory.estimate import BUNDLE_BUFFERS
 from eightgig.memory.plan import Plan
 from eightgig.models.spec import DecoderSpec
 from eightgig.ops.choose import Ops
@@ -135,7 +135,7 @@ class Model:
                 self.device,
                 self.meter,
                 expected_bytes=plan.host_breakdown.get("checkpoints", 0),
-                buffer_bytes=plan.breakdown.get("checkpoints", 0) // READ_BUFFERS,
+                buffer_bytes=plan.breakdown.get("checkpoints", 0) // BUNDLE_BUFFERS,
             )
             if plan.checkpoints == "host" and self.device.type == "cuda"
             else DeviceWaiting()
@@ -220,7 +220,6 @@ class Model:
         self._waiting.begin()
         hidden, batches = self._embed(inputs)
         self._forward(hidden, batches, keeps=True)
-        self._waiting.settle()
         with torch.profiler.record_function("head"):
             losses, grads = self._head_pass(hidden, batches, grad_scale=1.0 / loss_tokens)
         hidden.clear()

@@ -23,9 +23,8 @@ HEAD_CHUNK_MULTIPLE = 256
 # micro-batch would be the peak of a step in E2B and E4B.
 PLE_TILE_TOKENS = 512
 GRADIENT_BUFFERS = 2
-# Bundles on their way back from the host, the one in use among them, and on their way to it.
-READ_BUFFERS = 3
-WRITES_IN_FLIGHT = 2
+# For bundles on their way to the host, later for those on their way back and the one in use.
+BUNDLE_BUFFERS = 3
 HEAD_BYTES = 2  # the head stays bfloat16, as in the checkpoint
 # bitsandbytes keeps the states of smaller tensors in float32.
 SMALLEST_8BIT_ELEMENTS = 4096
@@ -113,8 +112,6 @@ def device_bytes(work: Workload, layout: Layout) -> dict[str, int]:
         "head": max(0, outside - max(attention, mlp)),
     }
     changing = sum(items[name] for name in ("hidden", "attention", "mlp", "head"))
-    if layout.checkpoints == "host":
-        changing += items["checkpoints"]
     items["allocator_slack"] = slack_bytes(work, layout, changing)
     return items
 
@@ -253,17 +250,10 @@ def checkpoint_bytes(work: Workload, layout: Layout) -> int:
 
 
 def checkpoint_device_bytes(work: Workload, layout: Layout) -> int:
-    """All of them with the outputs that are kept, or buffers for three bundles that come back."""
+    """All of them with the outputs that are kept, or buffers for a few that leave or come back."""
     if layout.checkpoints == "device":
         return checkpoint_bytes(work, layout) + offload_bytes(work, layout)
-    return READ_BUFFERS * max(bundle_bytes(work, layer, layout) for layer in work.layers)
-
-
-def leaving_bytes(work: Workload, layout: Layout) -> int:
-    """Bundles on their way to the host while the next one is made, and while the head works."""
-    if layout.checkpoints == "device":
-        return 0
-    return WRITES_IN_FLIGHT * max(bundle_bytes(work, layer, layout) for layer in work.layers)
+    return BUNDLE_BUFFERS * max(bundle_bytes(work, layer, layout) for layer in work.layers)
 
 
 def bundle_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
@@ -367,7 +357,7 @@ def mlp_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
 
 
 def forward_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
-    """The forward visit, beside bundles that are leaving: the worse of
+    """The forward visit: the worse of
 
     - attention: all that it makes, and its output D; and
     - the MLP: that output, what is kept of attention, and the last tile beside the results and
@@ -386,7 +376,7 @@ def forward_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int
         tokens * (2 * stream + down),
     )
     mlp = tokens * stream + attention_reread_bytes(work, layer, layout) + tiles
-    return leaving_bytes(work, layout) + max(attention, mlp)
+    return max(attention, mlp)
 
 
 def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[int, int]:
@@ -396,7 +386,9 @@ def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[in
     inputs gate and product 2 P and their projection D. Forward: the layer's output D, and the sum
     before the per-layer block D. Backward: gradient of the residual D; and gradients of the
     product F and of gate and up 2 F + R, or the latter with those of the input and the result, 2 D;
-    or before them those of the per-layer block, 3 D + 3 P.
+    or before them those of the per-layer block, 3 D + 3 P. Dropout, while the adapter of down goes
+    backward: gradient of the product F, its dropped input, the gradient through it and that one's
+    masked copy, 3 F, beside up to 3 D.
     """
     decoder, item = work.decoder, work.element_bytes
     hidden, feed_forward = decoder.hidden_size, layer.shape.intermediate_size
@@ -409,7 +401,12 @@ def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[in
         worst = max(worst, 3 * decoder.ple_size * item + 3 * stream)
         forward += stream
     experts = decoder.num_active_experts * (2 * hidden + 3 * decoder.expert_size) * item
-    unfused = unfused_bytes(work, layout, tokens, max(hidden, feed_forward))
+    unfused = 0
+    if layout.kernels == "plain":
+        unfused = unfused_bytes(work, layout, tokens, max(hidden, feed_forward))
+    elif work.has_dropout:
+        worst = max(worst, (4 * feed_forward + 3 * hidden) * item)
+        forward += feed_forward * item
     reread = hidden * item if "down_proj" in layout.offload else 0
     return (
         tokens * (both + forward + experts),
@@ -433,12 +430,12 @@ def unfused_bytes(work: Workload, layout: Layout, tokens: int, columns: int) -> 
 def head_bytes(work: Workload, layout: Layout) -> int:
     """Loss of the n labelled tokens of a visit, then the gradient of its hidden states G N D.
 
-    Beside bundles that are leaving. For the loss: states, rows of the labels (later the gradient),
-    and float32 sums U, n D each; rows of the labels of one chunk, at worst of all, n D, and those
-    of one micro-batch; for a tile of t tokens and C rows float32 logits and their weights, of
-    which plain code makes seven more copies; and the chunk where it must be converted. At its end
-    a tile takes five float32 copies of D. Afterwards: the rows' gradient n D, that of all hidden
-    states G N D, and twice the rows of one micro-batch.
+    For the loss: states, rows of the labels (later the gradient), and float32 sums U, n D each;
+    rows of the labels of one chunk, at worst of all, n D, and those of one micro-batch; for a tile
+    of t tokens and C rows float32 logits and their weights, of which plain code makes seven more
+    copies; and the chunk where it must be converted. At its end a tile takes five float32 copies
+    of D. Afterwards: the rows' gradient n D, that of all hidden states G N D, and twice the rows
+    of one micro-batch.
     """
     hidden, item = work.decoder.hidden_size, work.element_bytes
     stream, tokens = hidden * work.stream_bytes, min(layout.visit_tokens, work.step_loss_tokens)
@@ -449,7 +446,7 @@ def head_bytes(work: Workload, layout: Layout) -> int:
     kept = tokens * hidden * (2 * item + 4 + HEAD_BYTES) + one * stream
     loss = kept + max(logits + converted, tile * hidden * 5 * 4)
     gradient = tokens * hidden * item + layout.visit_tokens * stream + 2 * one * stream
-    return leaving_bytes(work, layout) + max(loss, gradient)
+    return max(loss, gradient)
 
 
 def slack_bytes(work: Workload, layout: Layout, changing_bytes: int) -> int:

@@ -60,6 +60,7 @@ FORWARD_SECONDS = 0.0019
 BACKWARD_SECONDS = 0.0031
 TILE_SECONDS = 0.0004
 BUNDLE_SECONDS = 0.0002
+DROPOUT_SECONDS = 0.0008
 # From the last gradient of a step to the first layer of the next the GPU has nothing to do.
 STEP_SECONDS = 0.025
 # AdamW on the host reads and writes seven float32 numbers per parameter.
@@ -249,6 +250,8 @@ def _launch_seconds(
     shared = TILE_SECONDS * (tiles - 1)
     if layout.checkpoints == "host":
         shared += BUNDLE_SECONDS
+    if work.has_dropout:
+        shared += DROPOUT_SECONDS
     forward = OPEN_SECONDS * visits + (FORWARD_SECONDS + shared) * micro_batches
     # The backward pass computes its tiles forward again.
     again = TILE_SECONDS * (tiles - 1)

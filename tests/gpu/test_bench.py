@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from eightgig.hardware.bench import triton_kernel
+from eightgig.hardware.bench import measure_pin_limit, triton_kernel
 from eightgig.training.bench_cases import make_cases, run_cases
 
 pytestmark = pytest.mark.gpu
@@ -23,6 +24,13 @@ def test_a_case_is_timed_below_its_plan(tmp_path: Path) -> None:
     assert result.predicted_peak_bytes is not None
     assert 0 < result.reserved_peak_bytes <= result.predicted_peak_bytes
     assert result.last_loss < result.first_loss
+
+
+def test_pinned_memory_that_was_tried_is_given_back() -> None:
+    total = 8 << 30
+    before = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    assert measure_pin_limit(4 << 30, host_total_bytes=total) == 4 << 30
+    assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) <= before
 
 
 def test_triton_compiles_the_doctor_s_kernel() -> None:

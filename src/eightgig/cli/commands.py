@@ -5,7 +5,8 @@ Whatever is slow to import is imported inside a command.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
@@ -182,6 +183,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest intact checkpoint.")
     ] = False,
+    allow_changed_versions: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changed-versions",
+            help="Resume also with other versions of the libraries: not bit for bit the same run.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter; everything is written into the run folder."""
@@ -193,13 +201,24 @@ def train(
 
     with TrainingView(settings, as_json=as_json) as view:
         try:
-            for report in finetune(settings, resume=resume, observe=view.notice):
+            for report in finetune(
+                settings,
+                resume=resume,
+                allow_changed_versions=allow_changed_versions,
+                observe=view.notice,
+            ):
                 view.step(report)
         except KeyboardInterrupt:
-            render.show_note(f"Interrupted. Go on with: eightgig train {config} --resume")
+            render.show_note(f"Interrupted. Go on with: {_resume_command(config, overrides or ())}")
             raise
     write_report(check_run(settings, resume=True))
     render.show_trained(settings, view.last_report, as_json=as_json)
+
+
+def _resume_command(config: Path, overrides: Sequence[str]) -> str:
+    """What to type to go on, with the settings that were put over the file's."""
+    settings = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["eightgig", "train", str(config), *settings, "--resume"])
 
 
 def demo(

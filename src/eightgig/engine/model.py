@@ -141,6 +141,11 @@ class Model:
             else DeviceWaiting()
         )
 
+    @property
+    def micro_batches_per_visit(self) -> int:
+        """Micro-batches that share one visit of a layer."""
+        return self._plan.micro_batches_per_visit
+
     def use_adapter(self, is_used: bool) -> None:
         """Switch the adapter on or off in `losses` and `logits`."""
         self._uses_adapter = is_used and self._adapter is not None

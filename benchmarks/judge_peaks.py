@@ -13,14 +13,26 @@ import sys
 from pathlib import Path
 
 from eightgig.memory.calibration import (
+    MeasuredPeak,
     judge_peaks,
     judge_speeds,
     predict_items,
-    predict_speed,
+    predict_time,
     read_measured_peaks,
 )
 from eightgig.models.shapes import find_shape
 from eightgig.units import MIB
+
+
+def slack(row: MeasuredPeak) -> str:
+    if row.allocated_bytes is None:
+        return ""
+    return f"{row.measured_bytes / row.allocated_bytes - 1:.1%}"
+
+
+def speed_words(row: MeasuredPeak, predicted: float) -> str:
+    measured = row.measured_tokens_per_second
+    return " " * 15 if measured is None else f"{measured:8,.0f} {measured / predicted - 1:+6.1%}"
 
 
 def main() -> int:
@@ -33,16 +45,15 @@ def main() -> int:
     rows = read_measured_peaks(options.file)
     items = [predict_items(row, find_shape(row.model)) for row in rows]
     peaks = [sum(each.values()) for each in items]
-    speeds = [predict_speed(row, find_shape(row.model)) for row in rows]
+    speeds = [predict_time(row, find_shape(row.model)).tokens_per_second for row in rows]
     print(f"{'case':56} {'reserved':>9} {'slack':>6} {'excess':>7}  {'tokens/s':>8} {'off':>6}")
     for row, each, peak, speed in zip(rows, items, peaks, speeds, strict=True):
         print(
             f"{row.case + ('' if row.used_for_tuning else ' *'):56} "
             f"{row.measured_bytes / MIB:9,.0f} "
-            f"{row.measured_bytes / row.allocated_bytes - 1:6.1%} "
+            f"{slack(row):>6} "
             f"{peak / row.measured_bytes - 1:+7.1%}  "
-            f"{row.measured_tokens_per_second:8,.0f} "
-            f"{row.measured_tokens_per_second / speed - 1:+6.1%}"
+            f"{speed_words(row, speed)}"
             f"{'  LOW' if peak < row.measured_bytes else ''}"
         )
         if options.items:

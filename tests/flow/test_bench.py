@@ -79,6 +79,8 @@ def _shown_beside_the_reason(result: BenchResult, capsys: pytest.CaptureFixture[
         (["--compare", "offlod=none,down_proj"], "is not the name of one setting"),
         (["--set", "optim=sgd"], '"optim"'),
         (["--output", "notes.txt"], "is not a file of timings"),
+        (["--output", "notes.txt/bench.jsonl"], "cannot be written"),
+        (["--output", "."], "cannot be written"),
     ],
 )
 def test_what_cannot_be_timed_is_refused_at_once(

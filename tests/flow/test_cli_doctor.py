@@ -64,6 +64,7 @@ def _facts() -> Facts:
         pin_limit_bytes=16 * GIB,
         pinned_bytes=2 * GIB,
         rates=RATES,
+        rates_error="",
         cache_dir="/cache",
         disk_free_bytes=TIB,
         hub_dir="/hub",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,8 +67,16 @@ def read_results(output: Path) -> list[BenchResult]:
     """The results that a file holds; none where there is no file.
 
     Raises:
-        ConfigError: It holds something else.
+        ConfigError: It holds something else, or cannot be appended to.
     """
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    is_wrong_kind = place.is_dir() if place == output else not place.is_dir()
+    if is_wrong_kind or not os.access(place, os.W_OK):
+        raise ConfigError(
+            f"{output} cannot be written.",
+            why=f"{place} is not a place that you may write to.",
+            fix="Name another file with --output.",
+        )
     if not output.exists():
         return []
     try:

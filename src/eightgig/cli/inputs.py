@@ -187,7 +187,7 @@ def _fetching(config: Config, spec: ModelSpec) -> list[str]:
     if name == DEMO_MODEL or Path(name).expanduser().is_dir() or config.model.delete_download:
         return []
     size = format_bytes(2 * count_parameters(spec.decoder))
-    return [f"The checkpoint itself takes about {size} of disk beside what is named below."]
+    return [f"The checkpoint takes about {size} of disk besides, if it is not there yet."]
 
 
 def read_sweep(text: str, *, option: str = "--sweep") -> tuple[str, list[str]]:

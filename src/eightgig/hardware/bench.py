@@ -8,6 +8,7 @@ so that a library that crashes on import takes nothing else with it.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ _WARM_UP_SECONDS = 0.7
 _LAUNCHES = 500
 _TRIES = 8
 _PIN_STEP_BYTES = 256 * MIB
+_PIN_PROBE_BYTES = 1024 * MIB
+_PIN_SECONDS = 1.0
 # With two engines, both directions together are nearly twice as fast as one.
 _TWO_ENGINES_RATIO = 1.3
 _RANK, _IN, _OUT, _TOKENS = 32, 256, 128, 64
@@ -170,20 +173,51 @@ def _gpu_copy_seconds() -> tuple[float, float, float, float]:
     )
 
 
-def pinned_bytes(wanted_bytes: int) -> int:
-    """How much of `wanted_bytes` of main memory the system lets be pinned.
+def pinned_bytes(wanted_bytes: int, *, within_seconds: float = math.inf) -> int:
+    """How much of `wanted_bytes` of main memory the system lets be pinned, in that time.
 
-    For a process of its own: torch keeps what it pinned until the process ends.
+    torch keeps what it pinned, see `measure_pin_limit`.
     """
     import torch
 
     held: list[torch.Tensor] = []
-    while len(held) * _PIN_STEP_BYTES < wanted_bytes:
+    end = time.perf_counter() + within_seconds
+    while len(held) * _PIN_STEP_BYTES < wanted_bytes and time.perf_counter() < end:
         try:
             held.append(torch.empty(_PIN_STEP_BYTES, dtype=torch.uint8, pin_memory=True))
         except RuntimeError:
             break
     return len(held) * _PIN_STEP_BYTES
+
+
+def measure_pin_limit(rule_bytes: int, *, host_total_bytes: int) -> int:
+    """How much main memory can be pinned, as far as a second of trying shows; it is given back.
+
+    Where the system should allow much, a gigabyte is tried: if that goes, the rule holds. Where it
+    should allow little (WSL), more is tried, up to half of the memory.
+
+    Args:
+        rule_bytes: What the system should allow.
+        host_total_bytes: Main memory.
+    """
+    give_back = _host_cache_release()
+    if give_back is None:
+        return rule_bytes
+    if rule_bytes < _PIN_PROBE_BYTES:
+        limit = pinned_bytes(host_total_bytes // 2, within_seconds=_PIN_SECONDS)
+    else:
+        pinned = pinned_bytes(_PIN_PROBE_BYTES)
+        limit = pinned if pinned < _PIN_PROBE_BYTES else rule_bytes
+    give_back()
+    return limit
+
+
+def _host_cache_release() -> Callable[[], None] | None:
+    """What makes torch unpin memory that it keeps for later; older releases have it as private."""
+    import torch
+
+    public = getattr(torch.accelerator, "empty_host_cache", None)
+    return public or getattr(torch._C, "_host_emptyCache", None)
 
 
 def torch_facts() -> dict[str, Any]:

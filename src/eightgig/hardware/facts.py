@@ -141,6 +141,7 @@ class Facts:
         pin_limit_bytes: What the system should let be pinned.
         pinned_bytes: What it did, up to 2 GiB; None where it was not tried.
         rates: Measured speeds, None where not measured.
+        rates_error: Why they could not be.
         cache_dir, disk_free_bytes: Where prepared weights go, and the room there.
         hub_dir, hub_free_bytes: Where downloads go, and the room there.
         has_hf_token: Whether a Hugging Face token is set; the token itself is never read.
@@ -163,6 +164,7 @@ class Facts:
     pin_limit_bytes: int
     pinned_bytes: int | None
     rates: Rates | None
+    rates_error: str
     cache_dir: str
     disk_free_bytes: int
     hub_dir: str
@@ -201,6 +203,7 @@ def gather_facts(cache_dir: Path | None = None, *, measures_rates: bool = True) 
     device = "cuda" if uses_gpu else "cpu"
     total, free = host_memory()
     versions, hub = _installed_versions(), _hub_folder()
+    measured = ask_child("rates", "cuda") if uses_gpu and measures_rates else Answer(None, "")
     return Facts(
         system=platform.system(),
         is_wsl=is_wsl(),
@@ -218,7 +221,8 @@ def gather_facts(cache_dir: Path | None = None, *, measures_rates: bool = True) 
         host_free_bytes=free,
         pin_limit_bytes=pin_limit_bytes(total),
         pinned_bytes=ask_child("pinned", str(_PIN_PROBE_BYTES)).value if uses_gpu else None,
-        rates=_measured_rates() if uses_gpu and measures_rates else None,
+        rates=None if measured.value is None else from_json(Rates, measured.value),
+        rates_error=measured.error,
         cache_dir=str(cache_dir),
         disk_free_bytes=disk_free_bytes(cache_dir),
         hub_dir=str(hub),
@@ -298,11 +302,6 @@ def has_triton(versions: Mapping[str, str]) -> bool:
 
 def _run_triton(versions: Mapping[str, str]) -> TritonFacts | None:
     return read_triton(ask_child("triton", "cuda")) if has_triton(versions) else None
-
-
-def _measured_rates() -> Rates | None:
-    answer = ask_child("rates", "cuda")
-    return None if answer.error else from_json(Rates, answer.value)
 
 
 def _installed_versions() -> dict[str, str]:

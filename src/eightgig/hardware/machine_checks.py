@@ -130,6 +130,14 @@ def check_link(facts: Facts) -> Iterator[Finding]:
             why="Copies take longer; the plan counts with the link as it is.",
             fix="Set the slot to its newest generation in the firmware, if the board has it.",
         )
+    if facts.rates_error:
+        yield Finding(
+            severity="warning",
+            code="doctor.rates",
+            message=f"Speeds could not be measured: {facts.rates_error.splitlines()[-1]}",
+            why="Training measures them, too, before it plans.",
+            fix="Close what holds the card (nvidia-smi lists it), then: eightgig doctor",
+        )
     yield from _check_copy_rate(facts, generation, lanes)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from eightgig.errors import Finding, Severity
 from eightgig.hardware.facts import Facts, has_triton
+from eightgig.hardware.nvml import NVML_PACKAGE
 
 # First driver of the branch that serves each major CUDA version (NVIDIA's compatibility table).
 _DRIVER_FOR_CUDA = {11: 450, 12: 525, 13: 580}
@@ -35,14 +36,26 @@ def check_python(facts: Facts) -> Iterator[Finding]:
 
 def check_driver(facts: Facts) -> Iterator[Finding]:
     """Whether there is a driver, and one that serves torch's CUDA version."""
+    if facts.nvml.error.startswith(NVML_PACKAGE):
+        yield Finding(
+            severity="warning" if facts.has_nvidia_card is False else "error",
+            code="doctor.nvml_missing",
+            message=f"The driver cannot be asked: {facts.nvml.error}",
+            why="Whether there is a GPU, and what of it is free, is known through this package.",
+            fix=f"python -m pip install --force-reinstall {NVML_PACKAGE}",
+        )
+        return
     if facts.nvml.driver_version is None:
         if facts.has_nvidia_card:
+            was_updated = "mismatch" in facts.nvml.error.lower()
             yield Finding(
                 severity="error",
                 code="doctor.driver_missing",
                 message=f"There is an NVIDIA card but no working driver ({facts.nvml.error}).",
-                why="Without the driver nothing can use the card.",
-                fix=_install_driver(facts, 580),
+                why="The driver was updated under the running system."
+                if was_updated
+                else "Without the driver nothing can use the card.",
+                fix="sudo reboot" if was_updated else _install_driver(facts, 580),
             )
         return
     build = _cuda_major(facts.torch.cuda_build)

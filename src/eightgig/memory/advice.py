@@ -27,6 +27,7 @@ _PLACE_SETTINGS = (
     "kernels",
     "offload",
 )
+_SLOW_TOKENS_PER_SECOND = 20.0
 _SMALLER_RANKS = (64, 32, 16, 8, 4)
 
 
@@ -60,6 +61,13 @@ def _notes(problem: Problem, solution: Solution) -> Iterator[str]:
     decoder = solution.work.decoder
     if decoder.has_experts:
         yield "Mixture-of-experts layers cannot be trained yet; the bytes are an estimate."
+    guess = solution.best.time.tokens_per_second
+    is_guessed = not solution.work.has_device and problem.hardware.rates is None
+    if is_guessed and solution.fits and guess < _SLOW_TOKENS_PER_SECOND:
+        yield (
+            f"On a processor expect around {max(guess, 0.1):.2g} tokens/s (a guess, nothing was "
+            "measured): enough to try things out, not to train this model."
+        )
     wanted, length = problem.wanted_length, solution.work.max_length
     if length < wanted and problem.rows is None:
         yield f"Rows above {length:,} tokens do not fit."

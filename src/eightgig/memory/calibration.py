@@ -14,7 +14,7 @@ from eightgig.hardware.probe import Rates
 from eightgig.memory.estimate import Layout, device_bytes
 from eightgig.memory.plan import Plan
 from eightgig.memory.search import is_hopper
-from eightgig.memory.speed import step_time
+from eightgig.memory.speed import StepTime, step_time
 from eightgig.memory.workload import Workload, build_workload
 from eightgig.models.spec import DecoderSpec, ModelSpec
 from eightgig.run import from_json
@@ -101,9 +101,10 @@ class MeasuredPeak:
         rates: Measured before the run.
         predicted_bytes: By the formulas of the commit that measured.
         measured_bytes: Most that the allocator reserved.
-        allocated_bytes: Most that tensors took of it at a time.
+        allocated_bytes: Most that tensors took of it at a time; None where it was not noted.
         predicted_tokens_per_second: By the formulas of the commit that measured.
-        measured_tokens_per_second: Median of the steps after the first.
+        measured_tokens_per_second: Median of the steps after the first; None where `rates` are not
+            all of the same minute.
         used_for_tuning: Whether formulas may have been changed because of this row.
         machine, versions, date: Where and when.
     """
@@ -129,9 +130,9 @@ class MeasuredPeak:
     rates: Rates
     predicted_bytes: int
     measured_bytes: int
-    allocated_bytes: int
+    allocated_bytes: int | None
     predicted_tokens_per_second: float
-    measured_tokens_per_second: float
+    measured_tokens_per_second: float | None
     used_for_tuning: bool
     machine: str
     versions: Mapping[str, str]
@@ -150,12 +151,17 @@ def read_measured_peaks(path: Path) -> tuple[MeasuredPeak, ...]:
 
 def predict_peak(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> int:
     """Today's forecast of the reserved peak of `row`, which trained `spec`."""
-    return sum(device_bytes(*_asked(row, spec)).values())
+    return sum(predict_items(row, spec).values())
 
 
-def predict_speed(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> float:
-    """Today's forecast of the tokens/s of `row`, from the rates that were measured before it."""
-    return step_time(*_asked(row, spec), row.rates).tokens_per_second
+def predict_items(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> dict[str, int]:
+    """The same by item."""
+    return device_bytes(*_asked(row, spec))
+
+
+def predict_time(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> StepTime:
+    """Today's forecast of a step of `row`, from the rates that were measured before it."""
+    return step_time(*_asked(row, spec), row.rates)
 
 
 def _asked(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> tuple[Workload, Layout]:
@@ -250,9 +256,10 @@ def judge_speeds(rows: Sequence[MeasuredPeak], predicted: Sequence[float]) -> Sp
     ratios = {
         row.case: row.measured_tokens_per_second / speed
         for row, speed in zip(rows, predicted, strict=True)
+        if row.measured_tokens_per_second is not None
     }
     return SpeedAccuracy(
-        num_rows=len(rows),
+        num_rows=len(ratios),
         median_ratio=statistics.median(ratios.values()),
         off={case: ratio for case, ratio in ratios.items() if abs(ratio - 1) > SPEED_RATIO},
     )

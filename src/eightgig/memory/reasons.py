@@ -82,6 +82,8 @@ def _micro_batches_per_visit(problem: Problem, solution: Solution) -> Choice:
     count = solution.best.layout.micro_batches_per_visit
     if problem.config.memory.micro_batches_per_visit != AUTO:
         reason = _SET
+    elif not solution.work.has_device:
+        reason = "weights lie where they are used: a visit costs nothing"
     elif count == 1:
         reason = "one micro-batch keeps the device busy while the next layer is copied"
     else:
@@ -107,6 +109,9 @@ def _layer_slots(problem: Problem, solution: Solution) -> Choice:
         reason = f"as many as are worth it; {share:.0%} of a step still waits for copies"
     else:
         reason = "copies hide behind the computation"
+    if 0 < slots - estimate.RING_SLOTS < everything - estimate.RING_SLOTS:
+        stay = min(work.num_layers, slots - estimate.RING_SLOTS)
+        reason = f"{reason}; {stay} of {work.num_layers} layers stay"
     more = everything - slots
     rejected = ""
     if more > 0:
@@ -165,6 +170,8 @@ def _offload(problem: Problem, solution: Solution) -> Choice:
     elif chosen:
         size = format_bytes(estimate.offload_bytes(solution.work, solution.best.layout))
         reason = f"{size} wait in pinned memory instead of being recomputed; the link has time"
+    elif not solution.work.has_device:
+        reason = "outputs would wait in the same memory: they are recomputed"
     elif solution.best.layout.checkpoints == "device":
         reason = "outputs would wait where layer inputs do: on the device, at its memory's cost"
     else:

@@ -15,7 +15,7 @@ from eightgig.demo import demo_model_path
 from eightgig.errors import ModelError
 from eightgig.models.checkpoint import read_config, read_model_spec
 from eightgig.models.hub import find_local_model, look_up_hub_model
-from eightgig.models.known import KNOWN_MODELS, known_model_spec
+from eightgig.models.known import known_model_spec
 from eightgig.models.read import parse_model_spec
 from eightgig.models.spec import ModelSpec
 
@@ -72,8 +72,8 @@ def find_shape(name: str, *, revision: str | None = None) -> ModelSpec:
     """The shape of a model; its weights need not be here.
 
     Args:
-        name: The embedded model, a folder (of which a config.json is enough), a short name of
-            `SHAPES`, one of the five Gemma 4 sizes, or another hub id.
+        name: The embedded model, a folder (of which a config.json is enough) or that file, a short
+            name of `SHAPES`, one of the five Gemma 4 sizes, or another hub id.
         revision: Of a hub id.
 
     Raises:
@@ -81,20 +81,24 @@ def find_shape(name: str, *, revision: str | None = None) -> ModelSpec:
     """
     if name == DEMO_MODEL:
         return read_model_spec(demo_model_path(), name=name)
-    known = None if Path(name).expanduser().is_dir() else known_shape(name)
+    path = Path(name).expanduser()
+    if path.name == "config.json" and path.is_file():
+        return parse_model_spec(read_config(path.parent), name=name)
+    known = None if path.is_dir() else known_shape(name)
     if known is not None:
         return known
-    local = find_local_model(name)
-    if local is not None:
-        return parse_model_spec(read_config(local.path), name=name)
     try:
-        return look_up_hub_model(name, revision=revision).spec
+        local = find_local_model(name)
+        if local is None:
+            return look_up_hub_model(name, revision=revision).spec
     except ModelError as error:
         raise ModelError(
             error.message,
             why=error.why,
-            fix=f"{error.fix} Known without files or network: {', '.join(known_names())}.",
+            fix=f"{error.fix} Known without files or network: the five Gemma 4 sizes, and "
+            f"{', '.join(SHAPES)}.",
         ) from None
+    return parse_model_spec(read_config(local.path), name=name)
 
 
 def known_shape(name: str) -> ModelSpec | None:
@@ -102,8 +106,3 @@ def known_shape(name: str) -> ModelSpec | None:
     wanted = SHAPES.get(name.lower(), name)
     config = _OTHER_CONFIGS.get(wanted)
     return parse_model_spec(config, name=wanted) if config else known_model_spec(wanted)
-
-
-def known_names() -> tuple[str, ...]:
-    """What `known_shape` answers, short names first."""
-    return (*SHAPES, *(name for name in KNOWN_MODELS if name.endswith("-it")))

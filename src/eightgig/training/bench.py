@@ -120,6 +120,7 @@ def bench(
         first_loss=timing.losses[0],
         last_loss=timing.losses[-1],
         choices=_layout(plan),
+        rates=hardware.rates,
         machine=hardware.name,
         versions=library_versions(),
         date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),

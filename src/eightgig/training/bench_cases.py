@@ -19,7 +19,7 @@ from typing import Literal
 
 from eightgig.config import default_cache_dir, full_setting, read_config
 from eightgig.errors import EightgigError, HardwareError
-from eightgig.hardware.probe import disk_free_bytes
+from eightgig.hardware.probe import Rates, disk_free_bytes
 from eightgig.memory.host_estimate import table_bytes
 from eightgig.memory.workload import build_workload
 from eightgig.models.read import require_trainable
@@ -86,6 +86,7 @@ class BenchResult:
             where other cases ran before in the same process.
         first_loss, last_loss: Of the same rows, before and after all steps.
         choices: The plan's layout.
+        rates: Of the machine, measured just before.
         machine: Name of the GPU or processor.
         versions: Of the libraries that decide results.
         date: Day of the measurement.
@@ -111,6 +112,7 @@ class BenchResult:
     first_loss: float
     last_loss: float
     choices: Mapping[str, str]
+    rates: Rates | None = None
     machine: str
     versions: Mapping[str, str]
     date: str

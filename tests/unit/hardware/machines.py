@@ -65,6 +65,7 @@ def gpu_machine(gpu: dict[str, Any] | None = None, **changes: Any) -> Facts:
         pin_limit_bytes=28 * GIB,
         pinned_bytes=2 * GIB,
         rates=RATES,
+        rates_error="",
         cache_dir="/home/someone/.cache/eightgig",
         disk_free_bytes=200 * GIB,
         hub_dir="/home/someone/.cache/huggingface/hub",

@@ -68,6 +68,27 @@ FAULTS: list[tuple[Make, str, bool, str, str]] = [
         "doctor.driver_missing", True, "no working driver", "nvidia.com/drivers",
     ),
     (
+        lambda: cpu_machine(
+            has_nvidia_card=True, nvml=NvmlReading(error="Driver/library version mismatch")
+        ),
+        "doctor.driver_missing", True, "version mismatch", "sudo reboot",
+    ),
+    (
+        lambda: cpu_machine(
+            has_nvidia_card=None,
+            nvml=NvmlReading(error="nvidia-ml-py cannot be imported: No module named 'pynvml'"),
+        ),
+        "doctor.nvml_missing", True, "No module named 'pynvml'", "--force-reinstall nvidia-ml-py",
+    ),
+    (
+        lambda: cpu_machine(nvml=NvmlReading(error="nvidia-ml-py cannot be imported: x")),
+        "doctor.nvml_missing", False, "The driver cannot be asked", "nvidia-ml-py",
+    ),
+    (
+        lambda: gpu_machine(rates=None, rates_error="Traceback\nRuntimeError: CUDA out of memory"),
+        "doctor.rates", False, "measured: RuntimeError: CUDA out of memory", "nvidia-smi",
+    ),
+    (
         lambda: gpu_machine(
             nvml=dataclasses.replace(
                 gpu_machine().nvml, driver_version="550.54.14", cuda_version=(12, 4)
@@ -332,7 +353,8 @@ def test_every_code_of_the_checks_is_provoked() -> None:
     provoked |= {finding.code for finding in diagnose(gpu_machine())}
     provoked |= {finding.code for finding in diagnose(cpu_machine())}
     assert provoked == {
-        "doctor.gpu", "doctor.cpu_only", "doctor.python_version", "doctor.driver_missing",
+        "doctor.gpu", "doctor.cpu_only", "doctor.nvml_missing", "doctor.rates",
+        "doctor.python_version", "doctor.driver_missing",
         "doctor.driver_old", "doctor.torch_missing", "doctor.torch_cpu_build",
         "doctor.torch_no_cuda", "doctor.torch_architecture", "doctor.capability",
         "doctor.no_bfloat16", "doctor.bitsandbytes_missing", "doctor.bitsandbytes_library",

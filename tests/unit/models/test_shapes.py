@@ -33,6 +33,7 @@ def test_a_folder_comes_before_a_short_name(
     (tmp_path / "12b").mkdir()
     (tmp_path / "12b" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert find_shape("12b").decoder.hidden_size == 64
+    assert find_shape("12b/config.json").decoder.hidden_size == 64
 
 
 def test_where_the_hub_has_no_answer_the_known_names_are_listed(
@@ -45,5 +46,11 @@ def test_where_the_hub_has_no_answer_the_known_names_are_listed(
     assert hub.look_up_hub_model is not fail
     with pytest.raises(ModelError) as error:
         find_shape("some/model")
-    assert error.value.fix.startswith("Go online. Known without files or network: e2b, ")
-    assert "google/gemma-4-12B-it" in error.value.fix
+    assert error.value.fix.startswith("Go online. Known without files or network: ")
+    assert "e2b, e4b, 12b" in error.value.fix
+
+
+def test_a_name_that_is_nothing_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ModelError, match="There is no model folder nosuch") as error:
+        find_shape("nosuch")
+    assert "12b, 26b, 31b, llama8b" in error.value.fix

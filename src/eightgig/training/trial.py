@@ -49,6 +49,8 @@ MIN_SECONDS = 5.0
 _STEPS_RATIO = 0.5
 _LOSS_RATIO = 0.1
 _CHECKS_RATIO = 0.9
+# A long run has time for more checks than are worth waiting for.
+_MAX_CHECKS_SECONDS = 120.0
 _FOLDER = "trial"
 
 
@@ -288,12 +290,13 @@ class _Trial:
             )
             return tuple(batch for group in cut for batch in group)
 
+        end_seconds = self._start_seconds + _CHECKS_RATIO * self._budget_seconds
         checks = check_gradients(
             self._worker,
             self._job.spec.decoder,
             batches,
             step=step,
-            deadline_seconds=self._start_seconds + _CHECKS_RATIO * self._budget_seconds,
+            deadline_seconds=min(end_seconds, time.monotonic() + _MAX_CHECKS_SECONDS),
         )
         self._hear(verdicts.judge_gradients(checks))
         return checks

@@ -73,7 +73,7 @@ def finetune(
         (rows, held_out),
         is_prepared=is_prepared(found, config.model),
     )
-    plan = keep_rungs(plan, planned_before)
+    plan = keep_rungs(plan, config, planned_before)
     for item in (*findings, *cuts, plan):
         observe(item)
     refuse_misfit(plan)

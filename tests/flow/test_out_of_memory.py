@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eightgig.config import Config
 from eightgig.engine.assemble import Engine
 from eightgig.engine.decoder import DecoderLayer
 from eightgig.engine.head import StreamedHead
@@ -297,6 +298,10 @@ def test_other_errors_are_not_taken_for_it(
 # The rung is kept
 
 
+def _config_beside(folder: Path) -> Config:
+    return jobs.make_config(folder / "base", folder / "runs")
+
+
 def _written(folder: Path, plan: Plan, **changes: Any) -> Path:
     from eightgig.run import write_json
 
@@ -313,13 +318,14 @@ def test_a_resumed_run_begins_on_the_rungs_it_had_reached(tmp_path: Path) -> Non
         assert found is not None
         lower = found[0]
     path = _written(tmp_path, lower)
-    kept = ladder.keep_rungs(planned, path)
+    config = _config_beside(tmp_path)
+    kept = ladder.keep_rungs(planned, config, path)
     assert kept == lower
     assert ladder.count_rungs(kept) == 2
-    assert ladder.keep_rungs(planned, tmp_path / "nothing.json") == planned
+    assert ladder.keep_rungs(planned, config, tmp_path / "nothing.json") == planned
     # What is planned lower now stays there.
     few = replace(planned, layer_slots=2, micro_batches_per_visit=1)
-    assert ladder.keep_rungs(few, path).layer_slots == 2
+    assert ladder.keep_rungs(few, config, path).layer_slots == 2
 
 
 def test_a_larger_card_is_not_held_to_a_smaller_ones_rungs(tmp_path: Path) -> None:
@@ -328,7 +334,7 @@ def test_a_larger_card_is_not_held_to_a_smaller_ones_rungs(tmp_path: Path) -> No
     assert found is not None
     path = _written(tmp_path, found[0])
     larger = replace(planned, budget_bytes=2 * planned.budget_bytes)
-    assert ladder.keep_rungs(larger, path) == larger
+    assert ladder.keep_rungs(larger, _config_beside(tmp_path), path) == larger
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"budget_bytes": 1}', '{"choices": [{}]}'])
@@ -336,14 +342,14 @@ def test_a_damaged_plan_is_passed_over(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text, encoding="utf-8")
     planned = engines.make_plan(**PLAN)
-    assert ladder.keep_rungs(planned, path) == planned
+    assert ladder.keep_rungs(planned, _config_beside(tmp_path), path) == planned
 
 
 def test_the_whole_tool_goes_on_where_memory_ran_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_run.make_tame_model(FAMILY, tmp_path / "model")
-    settings = ("train.max_steps=2", "memory.device=cpu", "memory.layer_slots=5")
+    settings = ("train.max_steps=2", "memory.device=cpu")
     config = tiny_run.write_config(tmp_path, tiny_run.colour_rows(40), settings)
     with monkeypatch.context() as patch:
         patch.setattr(memory, "next_rung", ladder._slots)
@@ -358,3 +364,18 @@ def test_the_whole_tool_goes_on_where_memory_ran_out(
     assert jobs.events(seen, "oom") == []
     kept: Mapping[str, Any] = json.loads((tmp_path / "runs/first/plan.json").read_text())
     assert kept["layer_slots"] == 2
+    # A new run of the same work begins there, too; one of other work does not.
+    for name, setting, is_kept in (
+        ("second", "train.seed=7", True),
+        ("third", "train.gradient_accumulation_steps=2", False),
+        ("fourth", "memory.mlp_tile_tokens=512", False),
+    ):
+        other = tiny_run.write_config(
+            tmp_path, tiny_run.colour_rows(40), (*settings, f"run.name={name}", setting)
+        )
+        seen.clear()
+        reports = finetune(other, observe=seen.append)
+        assert next(reports).step == 1
+        reports.close()
+        (plan,) = (item for item in seen if isinstance(item, Plan))
+        assert (plan.layer_slots == 2) == is_kept, name

@@ -5,17 +5,20 @@ No rung changes which rows a step has, their order, or how their losses are weig
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eightgig.config import Choice
+from eightgig.config import AUTO, Choice, Config, read_config
+from eightgig.errors import EightgigError
 from eightgig.memory.plan import Plan
 
 _REASON = "memory ran out"
 # On a card with more to give than this, an earlier card's rungs are not taken over.
 _SAME_BUDGET_RATIO = 1.05
+_LOOKED_AT_RUNS = 50
 
 _FEWEST_SLOTS = 2
 _LEAST_HEAD_TOKENS = 256
@@ -41,13 +44,25 @@ def count_rungs(plan: Plan) -> int:
     return sum(choice.reason == _REASON for choice in plan.choices)
 
 
-def keep_rungs(plan: Plan, earlier_path: Path) -> Plan:
-    """`plan` on the rungs of an earlier part of the run, so that it does not meet the same wall.
+def keep_rungs(plan: Plan, config: Config, earlier_path: Path) -> Plan:
+    """`plan` on the rungs that were needed before, so that a run does not meet the same wall.
+
+    Those of an earlier part of the run; for a new run, those of the newest one in the same folder
+    that trained the same with the same settings of memory. There, a number in `config` binds.
 
     Args:
         plan: As planned now.
-        earlier_path: plan.json of the earlier part; `plan` stays as it is where there is none.
+        config: Of the run.
+        earlier_path: plan.json of the earlier part, which need not exist.
     """
+    bound: set[str] = set()
+    if not earlier_path.exists():
+        like = _like_run(config)
+        if like is None:
+            return plan
+        earlier_path = like / "plan.json"
+        memory = dataclasses.asdict(config.memory)
+        bound = {name for name, value in memory.items() if value != AUTO}
     try:
         earlier = json.loads(earlier_path.read_text(encoding="utf-8"))
         if plan.budget_bytes > _SAME_BUDGET_RATIO * int(earlier["budget_bytes"]):
@@ -55,10 +70,40 @@ def keep_rungs(plan: Plan, earlier_path: Path) -> Plan:
         rungs = [choice for choice in earlier["choices"] if choice["reason"] == _REASON]
         for rung in rungs:
             name = str(rung["name"])
-            plan = _lower(plan, name, earlier[name], Choice(**rung))
+            if name not in bound:
+                plan = _lower(plan, name, earlier[name], Choice(**rung))
     except (OSError, ValueError, KeyError, TypeError):
         return plan
     return plan
+
+
+def _like_run(config: Config) -> Path | None:
+    """Folder of the newest run beside that of `config` that did the same work."""
+    try:
+        found = Path(config.run.output_dir).glob("*/plan.json")
+        newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    except OSError:
+        return None
+    for path in newest[:_LOOKED_AT_RUNS]:
+        try:
+            other = read_config(path.with_name("config.yaml"), ())
+        except (EightgigError, OSError):
+            continue
+        if _work(other) == _work(config):
+            return path.parent
+    return None
+
+
+def _work(config: Config) -> tuple[object, ...]:
+    """The settings that decide what memory a run needs."""
+    data, train = config.data, config.train
+    return (
+        config.model,
+        config.lora,
+        config.memory,
+        (data.path, data.max_length, data.packing),
+        (train.optim, train.per_device_train_batch_size, train.gradient_accumulation_steps),
+    )
 
 
 def _lower(plan: Plan, name: str, value: Any, choice: Choice) -> Plan:

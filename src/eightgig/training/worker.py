@@ -88,8 +88,9 @@ class Worker:
 
     def move(self, step: int, learning_rate: float, scale: float) -> None:
         """Move the adapter by the gradients times `scale`."""
-        work = partial(self._optimizer.start_step, learning_rate, scale)
-        result = attempt(work)
+        # Nothing of the step before is left to do when this one begins.
+        self.finish(step)
+        result = attempt(partial(self._optimizer.start_step, learning_rate, scale))
         if isinstance(result, OutOfMemory):
             self._lay_out_anew(step, result)
             # What the interrupted step has left is done by finish.

@@ -59,5 +59,7 @@ def test_the_order_of_an_epoch_is_made_once(monkeypatch) -> None:  # type: ignor
 
 def test_the_longest_step_has_the_longest_rows() -> None:
     schedule = step.make_schedule(_config(), _dataset([3, 9, 4, 8, 7]), 64)
-    rows = {row for batch in schedule.longest() for row in batch.row_ids.tolist()}
+    rows = {
+        row for batch in schedule.pack(schedule.longest_rows()) for row in batch.row_ids.tolist()
+    }
     assert rows == {1, 3, 4}

@@ -264,7 +264,7 @@ PATTERNS = [value for value in vars(patterns).values() if isinstance(value, re.P
 def test_patterns_take_time_in_proportion_to_the_text(piece):
     text = piece * (400_000 // len(piece))
     start = time.process_time()
-    for pattern in [*PATTERNS, *patterns._SECRETS.values()]:
+    for pattern in [*PATTERNS, *(pattern for _, pattern in patterns._SECRETS.values())]:
         pattern.search(text)
     assert time.process_time() - start < 3.0
 

@@ -99,7 +99,8 @@ _READING: Mapping[str, Rule] = {
     ),
     "data.datasets": _error(
         "The rows cannot be read.",
-        "Check name and split, and log in with `hf auth login` if it is gated.",
+        "Check the name (owner/name:subset where there are several) and `data.split`, and log in "
+        "with `hf auth login` if it is gated.",
     ),
 }
 

@@ -35,7 +35,8 @@ class Source:
     """One file, or one `datasets` name, with rows.
 
     Attributes:
-        name: Path or name as the user knows it; it stands in findings.
+        name: Path or name as the user knows it; it stands in findings. A `datasets` name may have
+            that of a subset behind it: `openai/gsm8k:main`.
         kind: How it is read.
         split: Split of a `datasets` name.
     """
@@ -132,7 +133,8 @@ def _saved_dataset(folder: Path, split: str) -> Iterable[Source | Finding]:
 
 
 def _is_hub_name(text: str) -> bool:
-    parts = text.split("/")
+    name, colon, subset = text.partition(":")
+    parts = [*name.split("/"), *([subset] if colon else [])]
     allowed = all(part and all(c.isalnum() or c in "-_." for c in part) for part in parts)
     has_data_suffix = Path(text.lower()).suffix in {*_KINDS, *_PACKED, ".txt"}
-    return allowed and len(parts) <= 2 and not text.startswith(".") and not has_data_suffix
+    return allowed and name.count("/") <= 1 and not text.startswith(".") and not has_data_suffix

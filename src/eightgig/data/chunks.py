@@ -69,7 +69,7 @@ class ChunkTokens:
         origins: Index in the chunk of the row each was rendered from, (rendered,), int64.
         content_keys: Hash of what each row of the chunk says, (rows,), uint64; 0 if it has errors.
         group_keys: Hash of its group, or of what it says, (rows,), uint64.
-        answer_keys: Hash of its last answer, (rows,), uint64; deep jobs only.
+        answer_keys: Hash of its answers, (rows,), uint64; deep jobs only.
         signatures: Its MinHash signature, (rows, SIGNATURE_SIZE), uint32; deep jobs only.
         findings: In the order of the rows.
         answers: Short answers by their hash, as text; deep jobs only.

@@ -42,11 +42,21 @@ _SECRETS: Mapping[str, tuple[tuple[str, ...], re.Pattern[str]]] = MappingProxyTy
         ),
         "an address with a password": (
             ("://",),
-            re.compile(r"\b[a-z]{3,12}://[^\s/:@]{1,60}:[^\s/@]{3,80}@"),
+            re.compile(r"\b[a-z]{3,12}://[^\s/:@]{1,60}:([^\s/@]{3,80})@([\w.-]{0,80})"),
         ),
     }
 )
-_MAIL = re.compile(r"\b[\w.+-]{1,64}@([\w-]{1,63}(?:\.[\w-]{1,63}){1,4})\b")
+_SAMPLE_PASSWORDS = frozenset(
+    {"pass", "passwd", "password", "pwd", "pw", "secret", "changeme", "postgres", "root", "xxx"}
+)
+_STAND_IN_PASSWORD = re.compile(r"[<>{}$\[\]]|^[*x]+$", re.IGNORECASE)
+_MAIL = re.compile(r"\b([\w.+-]{1,64})@([\w-]{1,63}(?:\.[\w-]{1,63}){1,4})\b")
+# Addresses of no person: of offices, and of programs (git@github.com:owner/name).
+_OFFICES = frozenset(
+    {"admin", "contact", "git", "hello", "help", "hr", "info", "jobs", "mail", "no-reply",
+     "noreply", "office", "orders", "press", "sales", "security", "service", "support", "team",
+     "user", "username", "webmaster", "your.email", "youremail", "you"}
+)  # fmt: skip
 _SAMPLE_DOMAINS = re.compile(
     r"(?:^|\.)(?:example\.(?:com|org|net)|example|test|invalid|localhost)$"
 )
@@ -56,12 +66,20 @@ _IBAN = re.compile(r"[A-Z](?<!\w.)[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{
 
 _CODE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`", re.DOTALL)
 _CODE_SIGNS = ("def ", "import ", "print(", "function ", "=>", "</", "#include", "class ",
-               "return ", 'f"', "f'", "{%", "console.", "const ")  # fmt: skip
+               "return ", 'f"', "f'", "{%", "console.", "const ", "{{#", "{{/", "{{>", "{{-",
+               "${{")  # fmt: skip
+# Names between braces; with anything else it is an expression of a template language.
 _PLACEHOLDER = re.compile(
-    r"\{\{\s?[A-Za-z_][\w .]{0,40}\}\}"
+    r"\{\{ ?(?!(?:this|else|end|yield)\b)[A-Za-z_]\w{0,40}(?:[ .]\w{1,40}){0,4} ?\}\}"
     r"|\{(?:instruction|input|output|question|answer|response|context|prompt|completion|query)\}"
-    r"|[\[<](?:INSERT|YOUR|ENTER|PLACEHOLDER|TODO|FILL)[A-Za-z _]{0,40}[\]>]"
+    r"|[\[<](?:INSERT|YOUR|ENTER|PLACEHOLDER|TODO|FILL)"
+    r"(?![A-Za-z _]{0,40}(?:KEY|TOKEN|SECRET|PASSWORD|ID|URL|HOST|PATH)\b)[A-Za-z _]{0,40}[\]>]"
     r"|\b[Ll]orem ipsum dolor"
+)
+_ABOUT_PLACEHOLDERS = re.compile(
+    r"placeholder|template|variable|curly|brac(?:es|kets)|jinja|mustache|handlebars|liquid|ansible"
+    r"|helm\b|\bvue\b|lorem ipsum (?!dolor)|platzhalter|vorlage|plantilla|modèle",
+    re.IGNORECASE,
 )
 _SPEAKER = re.compile(
     r"^(?:### ?(?:Response|Assistant|Answer|Output)|Assistant|ASSISTANT|AI|Bot) ?:", re.MULTILINE
@@ -102,6 +120,11 @@ def check_text(text: str, place: str, notes: Notes) -> None:
         notes.add("data.personal", f"The text of {place} looks as if it held {personal}.")
 
 
+def is_about_placeholders(text: str) -> bool:
+    """Whether a row speaks of placeholders, so that those in it are meant."""
+    return _ABOUT_PLACEHOLDERS.search(text) is not None
+
+
 def check_plain_text(text: str, notes: Notes) -> None:
     """Note where a row of plain text looks like a conversation."""
     found = _SPEAKER.search(text)
@@ -124,14 +147,28 @@ def find_placeholder(text: str) -> str | None:
 def find_secret(text: str) -> str | None:
     """The kind of key or token that `text` holds, as far as it can be told."""
     for kind, (hints, pattern) in _SECRETS.items():
-        if any(hint in text for hint in hints) and pattern.search(text):
-            return kind
+        if any(hint in text for hint in hints):
+            found = pattern.search(text)
+            if found is not None and not _is_sample(found):
+                return kind
     return None
+
+
+def _is_sample(found: re.Match[str]) -> bool:
+    """Whether an address with a password is one of those that manuals write."""
+    if found.lastindex is None:
+        return False
+    password, host = found.groups()
+    return (
+        password.lower() in _SAMPLE_PASSWORDS
+        or _STAND_IN_PASSWORD.search(password) is not None
+        or _SAMPLE_DOMAINS.search(host.lower()) is not None
+    )
 
 
 def find_personal(text: str) -> str | None:
     """The kind of personal data that `text` holds, as far as it can be told."""
-    if "@" in text and any(not _SAMPLE_DOMAINS.search(m.lower()) for m in _MAIL.findall(text)):
+    if "@" in text and any(map(_is_of_a_person, _MAIL.finditer(text))):
         return "an e-mail address"
     if not any(digit in text for digit in "0123456789"):
         return None
@@ -140,6 +177,11 @@ def find_personal(text: str) -> str | None:
     if any(_is_iban(match.group()) for match in _IBAN.finditer(text)):
         return "the number of a bank account"
     return None
+
+
+def _is_of_a_person(found: re.Match[str]) -> bool:
+    name, domain = found.group(1).lower(), found.group(2).lower()
+    return name not in _OFFICES and _SAMPLE_DOMAINS.search(domain) is None
 
 
 def _is_card(text: str) -> bool:

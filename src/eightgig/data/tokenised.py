@@ -63,7 +63,7 @@ class TextFacts:
     """What the texts of all rows look like.
 
     Attributes:
-        answer_keys: Hash of the last answer of each row, (rows,), uint64; 0 where there is none.
+        answer_keys: Hash of the answers of each row, (rows,), uint64; 0 where there is none.
         signatures: MinHash signature of each row, (rows, SIGNATURE_SIZE), uint32.
         answers: Short answers by their hash.
         scripts: Letters per script.

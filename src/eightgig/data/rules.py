@@ -11,6 +11,9 @@ from types import MappingProxyType
 
 from eightgig.errors import Finding, Severity
 
+KEPT_FINDINGS = 100
+"""Findings of one code that are kept; the others are counted."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:

@@ -17,11 +17,9 @@ from eightgig.data.batches import IGNORE_INDEX
 from eightgig.data.cache import ArrayWriter
 from eightgig.data.chunks import Chunk, ChunkTokens
 from eightgig.data.formats import Format
+from eightgig.data.rules import KEPT_FINDINGS
 from eightgig.data.sources import Source
 from eightgig.errors import Finding, Severity
-
-KEPT_FINDINGS = 100
-"""Findings of one code that are kept; the others are counted."""
 
 TOKEN_ARRAYS: Mapping[str, type[np.generic]] = MappingProxyType(
     {

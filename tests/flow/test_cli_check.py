@@ -88,7 +88,7 @@ def test_of_many_faults_the_first_are_listed_and_the_reason_is_said_once(
     assert shown.count("no valid JSON") + shown.count("the line ends before") == 10
     assert "and 330 more" in shown
     assert shown.count("why: The row cannot be read.") == 1
-    assert f"{config.parent / 'data.jsonl'}:353: The column \"completion\" is missing." in shown
+    assert f'{config.parent / "data.jsonl"}:353: The column "completion" is missing.' in shown
 
 
 def test_fixes_of_one_kind_that_differ_stand_with_their_rows(

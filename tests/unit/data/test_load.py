@@ -11,7 +11,7 @@ from eightgig.data.batches import IGNORE_INDEX
 from eightgig.data.checks import check_data
 from eightgig.data.load import limit_length, load_dataset
 from eightgig.data.prepare import Preparation, tokenise
-from eightgig.data.select import select_rows
+from eightgig.data.select import select_rows, trained_per_row
 from eightgig.data.tokenizer import PLAIN, render_settings
 from eightgig.errors import DataError
 from tests.chats import make_chat_tokenizer
@@ -308,6 +308,16 @@ def test_many_tokens_are_chosen_block_by_block(tmp_path, tokenizer, monkeypatch)
     selected = select_rows(train, chosen, cache_dir=tmp_path / "cache")
     assert rows_of(selected) == expected
     assert isinstance(selected.input_ids, np.memmap)
+
+
+def test_trained_tokens_are_counted_row_by_row(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("eightgig.data.select._BLOCK_TOKENS", 100)
+    rows = [chat_row(number, 1 + number % 3) for number in range(12)]
+    config = DataConfig(path=str(write_lines(tmp_path / "rows.jsonl", rows)), held_out=0)
+    train = load_dataset(config, tokenizer).train
+    is_trained = (train.labels != IGNORE_INDEX).astype(int)
+    expected = np.add.reduceat(is_trained, train.offsets[:-1])
+    assert trained_per_row(train).tolist() == expected.tolist()
 
 
 # Cache

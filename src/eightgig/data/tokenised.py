@@ -37,6 +37,7 @@ TOKEN_ARRAYS: Mapping[str, type[np.generic]] = MappingProxyType(
 # Errors that are true of every row, as the model and not the row is at fault.
 _OF_THE_MODEL = frozenset({"data.no_template", "data.no_end_of_turn"})
 _KEPT_ANSWERS = 10_000
+_NO_IDS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +170,10 @@ class TokenStore:
         self._lines.extend(row.line for row in chunk.rows)
         self.num_bytes += sum(len(row.data) + 1 for row in chunk.rows)
         if tokens.signatures.size:
-            self._texts.append(tokens)
+            # Without the tokens, which are written already.
+            self._texts.append(
+                replace(tokens, input_ids=_NO_IDS, is_trained=_NO_IDS.astype(np.bool_), findings=())
+            )
         for finding in tokens.findings:
             self._keep(finding)
 

@@ -101,7 +101,7 @@ def main() -> None:
         path = Path(folder) / "rows.jsonl"
         write_rows(path, options.rows, per_word)
         before = anonymous_bytes(psutil.Process())
-        began, seconds = processor_seconds(), []
+        began, seconds, work = processor_seconds(), [], []
         with MemoryWatch() as watch:
             for _ in range(2):
                 start = time.monotonic()
@@ -109,24 +109,33 @@ def main() -> None:
                     DataConfig(path=str(path), held_out=0), tokenizer, cache_dir=Path(folder)
                 )
                 seconds.append(time.monotonic() - start)
+                work.append(processor_seconds() - began)
         summary = data.train.summary
         measured = {
+            "what": "prepare",
             "rows": options.rows,
             "file_bytes": path.stat().st_size,
             "tokens": summary["tokens"],
             "longest_tokens": summary["longest_tokens"],
             "vocabulary": len(tokenizer),
             "seconds": round(seconds[0], 1),
-            "processor_seconds": round(processor_seconds() - began, 1),
+            "processor_seconds": round(work[0], 1),
             "cached_seconds": round(seconds[1], 1),
             "parent_peak_bytes": watch.peaks["parent"] - before,
             "worker_peak_bytes": watch.peaks["worker"],
-            "processors": psutil.cpu_count(),
-            "machine": options.machine or platform.processor() or platform.machine(),
-            "versions": {name: version(name) for name in ("tokenizers", "transformers")},
-            "date": datetime.now(UTC).date().isoformat(),
+            **describe_machine(options.machine),
         }
         print(json.dumps(measured))
+
+
+def describe_machine(name: str | None) -> dict[str, object]:
+    """What a measurement was made on, and when."""
+    return {
+        "processors": psutil.cpu_count(),
+        "machine": name or platform.processor() or platform.machine(),
+        "versions": {library: version(library) for library in ("tokenizers", "transformers")},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def processor_seconds() -> float:

@@ -19,13 +19,18 @@ Observe = Callable[[object], None]
 
 
 def finetune(
-    config: Config, *, resume: bool = False, observe: Observe = lambda _: None
+    config: Config,
+    *,
+    resume: bool = False,
+    allow_changed_versions: bool = False,
+    observe: Observe = lambda _: None,
 ) -> Iterator[StepReport]:
     """Fine-tune as `config` says; afterwards the run folder holds the adapter.
 
     Args:
         config: All settings.
         resume: Go on from the newest intact checkpoint of the run.
+        allow_changed_versions: Go on also where a library is of another version than before.
         observe: Called with every finding, choice, plan, event and line of text on the way.
 
     Yields:
@@ -39,14 +44,16 @@ def finetune(
 
     from eightgig.data.load import load_dataset
     from eightgig.data.tokenizer import load_tokenizer
-    from eightgig.engine.assemble import assemble, describe_trainable
+    from eightgig.engine.assemble import describe_trainable
     from eightgig.hardware.calibrate import with_measured_rates
     from eightgig.hardware.probe import probe
     from eightgig.memory.fit import bind_layout, fit_rows, refuse_misfit
+    from eightgig.memory.ladder import keep_rungs
     from eightgig.models.find import find_base_model
     from eightgig.quant.fetch import checkpoint_of
     from eightgig.quant.store import is_prepared, open_store
     from eightgig.training.deliver import deliver_adapter
+    from eightgig.training.load import load_engine
     from eightgig.training.lock import lock_run
     from eightgig.training.loop import Job, train
     from eightgig.training.resume import begin
@@ -66,6 +73,7 @@ def finetune(
         (rows, held_out),
         is_prepared=is_prepared(found, config.model),
     )
+    plan = keep_rungs(plan, planned_before)
     for item in (*findings, *cuts, plan):
         observe(item)
     refuse_misfit(plan)
@@ -81,10 +89,13 @@ def finetune(
             device=plan.device,
             progress=observe,
         )
-        engine = assemble(found.spec, store, plan, config.lora, seed=config.train.seed)
+        source = (found.spec, store)
+        loaded = load_engine(run, config, source, plan, observe)
+        engine, plan = loaded.engine, loaded.plan
         for item in (*engine.choices, describe_trainable(engine, found.spec.decoder)):
             observe(item)
-        start = begin(run, config, engine, (found.spec, store), rows, observe)
+        allow = allow_changed_versions
+        start = begin(run, config, loaded, source, rows, observe, allow_changed_versions=allow)
         job = Job(run, config, found.spec, plan, rows, held_out, store, engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tokenizer)

@@ -58,12 +58,18 @@ class FakeTraining:
         self.work: list[StoreProgress] = []
 
     def finetune(
-        self, config: Config, *, resume: bool = False, observe: object = None
+        self,
+        config: Config,
+        *,
+        resume: bool = False,
+        allow_changed_versions: bool = False,
+        observe: object = None,
     ) -> Iterator[StepReport]:
         assert callable(observe)
         for work in self.work:
             observe(work)
         self.seen.append((config, resume))
+        self.allowed = allow_changed_versions
         observe("trainable params: 1 || all params: 2 || trainable%: 50.0")
         observe(Choice(name="kernels", value="plain", reason="there is no GPU"))
         yield _report(1)
@@ -195,6 +201,24 @@ def test_an_interrupted_training_ends_with_130_and_says_how_to_go_on(
     shown = capsys.readouterr()
     assert shown.err.splitlines() == [f"Interrupted. Go on with: eightgig train {config} --resume"]
     assert "Adapter" not in shown.out
+
+
+def test_going_on_takes_the_settings_that_were_put_over_the_files(
+    config: Path, training: FakeTraining, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training.end = KeyboardInterrupt()
+    assert main(["train", str(config), "--set", "train.seed=1", "--set", "run.name=a b"]) == 130
+    words = f"eightgig train {config} --set train.seed=1 --set 'run.name=a b' --resume"
+    assert capsys.readouterr().err.splitlines() == [f"Interrupted. Go on with: {words}"]
+
+
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_other_versions_must_be_allowed_by_name(
+    config: Path, training: FakeTraining, is_allowed: bool
+) -> None:
+    options = ["--allow-changed-versions"] if is_allowed else []
+    assert main(["train", str(config), "--resume", *options]) == 0
+    assert training.allowed == is_allowed
 
 
 def test_a_guard_ends_with_3(

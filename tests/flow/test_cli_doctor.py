@@ -2,13 +2,21 @@
 
 import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from eightgig.cli.app import main
 from eightgig.hardware import doctor
-from eightgig.hardware.facts import BitsandbytesFacts, Facts, StepFacts, TorchFacts
+from eightgig.hardware.facts import (
+    BitsandbytesFacts,
+    Facts,
+    StepFacts,
+    TorchFacts,
+    TritonFacts,
+)
 from eightgig.hardware.nvml import Gpu, NvmlReading
 from eightgig.hardware.probe import Rates
 from eightgig.units import GIB, TIB
@@ -48,6 +56,7 @@ def _facts() -> Facts:
         ),
         bitsandbytes=BitsandbytesFacts(version="0.50.2", library="x.so", is_cuda_library=True),
         step=StepFacts(device="cuda", weight=0.09, forward=0.001, gradient=0.001, update=0.001),
+        triton=TritonFacts(version="3.7.1", is_right=True),
         versions={"torch": "2.13.0+cu130", "bitsandbytes": "0.50.2"},
         c_compiler="/usr/bin/cc",
         host_total_bytes=32 * GIB,
@@ -55,8 +64,11 @@ def _facts() -> Facts:
         pin_limit_bytes=16 * GIB,
         pinned_bytes=2 * GIB,
         rates=RATES,
+        rates_error="",
         cache_dir="/cache",
         disk_free_bytes=TIB,
+        hub_dir="/hub",
+        hub_free_bytes=TIB,
         has_hf_token=True,
     )
 
@@ -102,3 +114,92 @@ def test_the_examination_can_be_had_as_json(
     assert shown["facts"]["gpu"]["name"] == "NVIDIA GeForce RTX 4060"
     for finding in shown["findings"]:
         assert set(finding) == {"severity", "code", "file", "line", "message", "why", "fix"}
+
+
+def _shadow(folder: Path, monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
+    """Modules that come before the installed ones, in this process's children."""
+    for name, code in modules.items():
+        (folder / f"{name}.py").write_text(code, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise ImportError('libtorch_cpu.so: undefined symbol')", "undefined symbol"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended by signal 11"),
+        ("import sys; sys.exit('DLL load failed')", "DLL load failed"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals")
+def test_a_torch_that_does_not_import_is_found_and_the_rest_examined(
+    code: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _shadow(tmp_path, monkeypatch, torch=code)
+    monkeypatch.setenv("HF_TOKEN", "hf_SecretOfTheUser")
+    assert main(["doctor"]) == 2
+    shown = capsys.readouterr()
+    start = "error: torch cannot be imported: "
+    (line,) = [line for line in shown.out.splitlines() if line.startswith(start)]
+    assert words in line
+    assert 'fix: python -m pip install --force-reinstall "torch>=2.11,<2.14"' in shown.out
+    assert "A Hugging Face token is set." in shown.out
+    assert "SecretOfTheUser" not in shown.out + shown.err
+
+
+def test_a_bitsandbytes_that_does_not_import_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _shadow(
+        tmp_path,
+        monkeypatch,
+        bitsandbytes="print('a banner')\nraise RuntimeError('CUDA Setup failed despite CUDA')",
+    )
+    assert main(["doctor", "--json"]) == 2
+    shown = json.loads(capsys.readouterr().out)
+    errors = [finding for finding in shown["findings"] if finding["severity"] == "error"]
+    assert [finding["code"] for finding in errors] == ["doctor.bitsandbytes_missing"]
+    assert "CUDA Setup failed despite CUDA" in errors[0]["message"]
+    assert '"bitsandbytes>=0.50,<0.51"' in errors[0]["fix"]
+    assert shown["facts"]["torch"]["version"].startswith("2.")
+
+
+def test_a_processor_alone_can_train_small_models(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = dataclasses.replace(
+        _facts(),
+        gpu=None,
+        nvml=NvmlReading(error="no driver"),
+        has_nvidia_card=False,
+        torch=TorchFacts(version="2.13.0+cpu"),
+        triton=None,
+        rates=None,
+    )
+    _examine(monkeypatch, alone)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "This machine can train, on its processor: small models."
+    assert any("eightgig demo" in line for line in lines)
+
+
+def test_link_heat_and_power_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = dataclasses.replace(
+        GPU,
+        max_pcie_generation=4,
+        pcie_lanes=8,
+        max_pcie_lanes=8,
+        temperature_celsius=45,
+        power_limit_watts=115.0,
+    )
+    _examine(monkeypatch, dataclasses.replace(_facts(), gpu=card))
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "4.0 x8" in shown
+    assert "45 degrees Celsius, limit 115 W" in shown

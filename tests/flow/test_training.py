@@ -18,7 +18,7 @@ from eightgig.config import Config, DataConfig, LoraConfig, ModelConfig, RunConf
 from eightgig.errors import ModelError, RunError
 from eightgig.finetune import finetune
 from eightgig.models.checkpoint import read_model_spec
-from eightgig.training import loop
+from eightgig.training import identity, worker
 from tests import engines, tiny
 
 STEPS = 6
@@ -152,6 +152,43 @@ def test_a_changed_setting_is_refused_on_resume(folder: Path, tmp_path: Path) ->
         _finish(finetune(changed, resume=True))
 
 
+def test_other_versions_are_refused_by_name_and_can_be_allowed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(folder, tmp_path, save_steps=2)
+    reports = finetune(config)
+    for report in reports:
+        if report.step == 3:
+            break
+    reports.close()
+    real = identity.library_versions
+    changed = {"torch": "9.9.9", "bitsandbytes": "not installed"}
+    monkeypatch.setattr(identity, "library_versions", lambda: {**real(), **changed})
+    with pytest.raises(RunError) as caught:
+        _finish(finetune(config, resume=True))
+    assert caught.value.exit_code == 2
+    assert f"torch: {real()['torch']} -> 9.9.9" in caught.value.message
+    assert "bitsandbytes" in caught.value.message
+    assert "--allow-changed-versions" in caught.value.fix
+    seen: list[Any] = []
+    reports = finetune(config, resume=True, allow_changed_versions=True, observe=seen.append)
+    assert [report.step for report in reports] == [3, 4, 5, 6]
+    found = [(item.code, item.severity) for item in seen if hasattr(item, "severity")]
+    assert found == [("resume.version", "warning")] * 2
+    # From here on the run is one of these versions.
+    assert _finish(finetune(config, resume=True)) == []
+
+
+def test_allowed_versions_allow_nothing_else(folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, tmp_path, save_steps=2)
+    reports = finetune(config)
+    assert [next(reports).step for _ in range(3)] == [1, 2, 3]
+    reports.close()
+    changed = replace(config, train=replace(config.train, learning_rate=1e-3))
+    with pytest.raises(RunError, match=r"train\.learning_rate"):
+        _finish(finetune(changed, resume=True, allow_changed_versions=True))
+
+
 def test_a_missing_model_leaves_no_run_folder(folder: Path, tmp_path: Path) -> None:
     config = _config(folder, tmp_path)
     config = replace(config, model=replace(config.model, name=str(tmp_path / "nothing")))
@@ -164,13 +201,13 @@ def test_a_step_that_is_not_finite_leaves_the_adapter_as_it_was(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _config(folder, tmp_path)
-    real_step = loop.run_step
+    real_step = worker.run_step
 
-    def broken_at_3(engine: Any, prepared: Any) -> tuple[float, float]:
-        loss, norm = real_step(engine, prepared)
+    def broken_at_3(engine: Any, prepared: Any, between: Any) -> tuple[float, float]:
+        loss, norm = real_step(engine, prepared, between)
         return (float("nan"), norm) if prepared.step == 3 else (loss, norm)
 
-    monkeypatch.setattr(loop, "run_step", broken_at_3)
+    monkeypatch.setattr(worker, "run_step", broken_at_3)
     seen: list[Any] = []
     reports = _finish(finetune(config, observe=seen.append))
     assert len(reports) == STEPS
@@ -198,19 +235,3 @@ def test_8_bit_optimizers_train_and_resume(folder: Path, tmp_path: Path, optim: 
     whole, parts = results
     for tensor_name, tensor in whole.items():
         assert torch.equal(parts[tensor_name], tensor), tensor_name
-
-
-def test_a_trial_of_the_longest_rows_changes_nothing(folder: Path, tmp_path: Path) -> None:
-    adapters = []
-    for name in ("without", "with"):
-        config = _config(folder, tmp_path / name)
-        config = replace(config, train=replace(config.train, trial=name == "with"))
-        _finish(finetune(config))
-        run = tmp_path / name / "runs/run"
-        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-        trials = [event["values"] for event in events if event["kind"] == "trial"]
-        assert len(trials) == (1 if name == "with" else 0)
-        assert all(trial["loss"] > 0 and trial["grad_norm"] > 0 for trial in trials)
-        adapters.append(load_file(run / "adapter/adapter_model.safetensors"))
-    for tensor_name, tensor in adapters[0].items():
-        assert torch.equal(adapters[1][tensor_name], tensor), tensor_name

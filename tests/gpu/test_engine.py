@@ -59,12 +59,13 @@ def test_float32_gradients_equal_the_cpu(
         assert error <= 1e-4, (name, error)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", TRAINABLE)
-def test_bfloat16_gradients_point_where_float32_ones_do(
-    family: str, folders: dict[str, Path], tmp_path: Path
+def test_16_bit_gradients_point_where_float32_ones_do(
+    family: str, dtype: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     loss, expected = _gradients(folders[family], tmp_path)
-    plan = {**GPU_PLAN, "compute_dtype": "bfloat16", "kernels": "auto"}
+    plan = {**GPU_PLAN, "compute_dtype": dtype, "kernels": "auto"}
     gpu_loss, grads = _gradients(folders[family], tmp_path, **plan)
     plain_loss, plain = _gradients(folders[family], tmp_path, **{**plan, "kernels": "plain"})
     assert gpu_loss == pytest.approx(loss, rel=2e-2)
@@ -73,5 +74,5 @@ def test_bfloat16_gradients_point_where_float32_ones_do(
     unfused = torch.cat([plain[name].flatten() for name in grads])
     exact = torch.cat([expected[name].flatten() for name in grads])
     error, plain_error = (float((each - exact).norm() / exact.norm()) for each in (ours, unfused))
-    # No further from float32 than plain PyTorch in bfloat16 is, and a little.
+    # No further from float32 than plain PyTorch in 16 bit is, and a little.
     assert error <= plain_error * 1.2 + 1e-2, (error, plain_error)

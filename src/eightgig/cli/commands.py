@@ -5,7 +5,8 @@ Whatever is slow to import is imported inside a command.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
@@ -69,6 +70,7 @@ def doctor(as_json: AsJson = False) -> None:
     """Say what this machine can do, and the exact fix for what it cannot."""
     from eightgig.hardware.doctor import examine
 
+    render.show_note("Looking at this machine; torch alone takes 10 to 40 seconds.")
     examination = examine()
     render.show_examination(examination, as_json=as_json)
     if not examination.can_train:
@@ -87,6 +89,13 @@ def plan(  # noqa: PLR0913 - the arguments of a command are its options
         str | None,
         typer.Option(metavar="CARD", help="Another card: its memory (8GiB) or name (RTX 4060)."),
     ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="With --vram: main memory of that machine (32GiB)."),
+    ] = None,
+    has_display: Annotated[
+        bool, typer.Option("--display", help="With --vram: the card draws the desktop, too.")
+    ] = False,
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Longest row in tokens.")
     ] = None,
@@ -95,33 +104,47 @@ def plan(  # noqa: PLR0913 - the arguments of a command are its options
         typer.Option(metavar="NAME=A,B,...", help="One plan for each value of a setting."),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the memory by item as SVG.")
+        Path | None, typer.Option(metavar="FILE", help="Draw the memory by item: .svg or .png.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say before a weight is loaded whether it fits, what goes where, and why."""
-    from eightgig.cli.inputs import read_request
+    from eightgig.cli.inputs import CardOptions, read_request
+    from eightgig.cli.plan_view import show_plan
     from eightgig.memory.plan import make_plan
 
-    asked = read_request(config, overrides or [], model=model, vram=vram, max_tokens=max_tokens)
+    asked = read_request(
+        config,
+        overrides or [],
+        model=model,
+        card=CardOptions(vram, ram=ram, has_display=has_display),
+        max_tokens=max_tokens,
+    )
     if sweep is not None:
         _sweep(asked, sweep, as_json=as_json)
         return
     made = make_plan(
         asked.spec, asked.hardware, asked.config, rows=asked.rows, is_prepared=asked.is_prepared
     )
-    render.show_plan(made, asked, picture=picture, as_json=as_json)
+    show_plan(made, asked, picture=picture, as_json=as_json)
     if not made.fits:
         raise typer.Exit(DoesNotFitError.exit_code)
 
 
 def _sweep(asked: Asked, text: str, *, as_json: bool) -> None:
     from eightgig.cli.inputs import read_sweep
+    from eightgig.cli.plan_view import show_sweep
     from eightgig.memory.sweep import sweep
 
     key, values = read_sweep(text)
-    points = sweep(asked.spec, asked.hardware, asked.config, key, values, rows=asked.rows)
-    render.show_sweep(key, points, as_json=as_json)
+    points = sweep(
+        asked.spec,
+        asked.hardware,
+        asked.with_values(key, values),
+        rows=asked.rows,
+        is_prepared=asked.is_prepared,
+    )
+    show_sweep(key, points, as_json=as_json)
 
 
 def check(
@@ -160,6 +183,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest intact checkpoint.")
     ] = False,
+    allow_changed_versions: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changed-versions",
+            help="Resume also with other versions of the libraries: not bit for bit the same run.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter; everything is written into the run folder."""
@@ -171,13 +201,24 @@ def train(
 
     with TrainingView(settings, as_json=as_json) as view:
         try:
-            for report in finetune(settings, resume=resume, observe=view.notice):
+            for report in finetune(
+                settings,
+                resume=resume,
+                allow_changed_versions=allow_changed_versions,
+                observe=view.notice,
+            ):
                 view.step(report)
         except KeyboardInterrupt:
-            render.show_note(f"Interrupted. Go on with: eightgig train {config} --resume")
+            render.show_note(f"Interrupted. Go on with: {_resume_command(config, overrides or ())}")
             raise
     write_report(check_run(settings, resume=True))
     render.show_trained(settings, view.last_report, as_json=as_json)
+
+
+def _resume_command(config: Path, overrides: Sequence[str]) -> str:
+    """What to type to go on, with the settings that were put over the file's."""
+    settings = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["eightgig", "train", str(config), *settings, "--resume"])
 
 
 def demo(
@@ -345,6 +386,59 @@ def push(
     render.show_upload(upload, address, as_json=as_json)
 
 
+def bench(  # noqa: PLR0913 - the arguments of a command are its options
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="e2b, e4b, 12b, 31b, llama8b, qwen14b, a hub id or a folder."
+        ),
+    ],
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of each row.")] = 2048,
+    rows: Annotated[int, typer.Option(metavar="N", help="Rows of an optimizer step.")] = 8,
+    budget: Annotated[
+        str, typer.Option(metavar="SIZE", help="What the allocator may reserve, e.g. 6.75GiB.")
+    ] = "auto",
+    rank: Annotated[int, typer.Option(metavar="R", help="LoRA rank.")] = 16,
+    overrides: Overrides = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=A,B,...",
+            help="Values of a setting, or of tokens, rows, rank; repeatable: every combination.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps to time.")] = 8,
+    has_own_layers: Annotated[
+        bool,
+        typer.Option("--own-layers", help="Give each layer bytes of its own; takes more disk."),
+    ] = False,
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="JSON lines to append to; a table goes beside it.")
+    ] = Path("bench.jsonl"),
+    as_json: AsJson = False,
+) -> None:
+    """Time optimizer steps on random weights of a model's shape, to compare cards and settings."""
+    from eightgig.cli.bench_view import read_results, show_bench, write_result
+    from eightgig.cli.inputs import read_sweep
+    from eightgig.training.bench_cases import make_cases, run_cases
+
+    shared = [f"tokens={tokens}", f"rows={rows}", f"rank={rank}", f"budget={budget}"]
+    cases = make_cases(
+        model,
+        [*shared, f"lora_alpha={2 * rank}", *(overrides or [])],
+        [read_sweep(text, option="--compare") for text in compare or []],
+        timed_steps=steps,
+        shares_layers=not has_own_layers,
+    )
+    read_results(output)  # a file of another kind is refused before anything is timed
+    outcomes = []
+    for outcome in run_cases(cases, render.show_note):
+        outcomes.append(outcome)
+        if outcome.result is not None:
+            write_result(outcome.result, output)
+    show_bench(outcomes, output, as_json=as_json)
+
+
 ALL: Mapping[str, Callable[..., None]] = MappingProxyType(
     {
         "demo": demo,
@@ -357,5 +451,6 @@ ALL: Mapping[str, Callable[..., None]] = MappingProxyType(
         "chat": chat,
         "export": export,
         "push": push,
+        "bench": bench,
     }
 )

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eightgig.config import DEMO_MODEL, Config, read_config, store_folder
+from eightgig.config import DEMO_MODEL, Config, full_setting, read_config, store_folder
 from eightgig.data.sources import find_sources
 from eightgig.demo import demo_model_path
 from eightgig.errors import ConfigError, ModelError
-from eightgig.hardware.cards import hardware_from_card
+from eightgig.hardware.cards import TYPICAL_HOST_BYTES, hardware_from_card
 from eightgig.hardware.probe import Hardware, probe
 from eightgig.memory.workload import RowLengths
-from eightgig.models.checkpoint import read_config as read_model_config
-from eightgig.models.checkpoint import read_model_spec
+from eightgig.models.count import count_parameters
 from eightgig.models.hub import (
     download_small_files,
     find_local_model,
     find_model,
     look_up_hub_model,
 )
-from eightgig.models.known import known_model_spec
-from eightgig.models.read import parse_model_spec
+from eightgig.models.shapes import find_shape
 from eightgig.models.spec import ModelSpec
+from eightgig.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,6 +38,7 @@ class Asked:
         rows: What is known of the rows, None where they were not read.
         is_prepared: Whether the prepared weights are on the disk already.
         notes: What was assumed, in words.
+        config_path, overrides: Where `config` was read.
     """
 
     config: Config
@@ -46,6 +47,42 @@ class Asked:
     rows: RowLengths | None
     is_prepared: bool
     notes: tuple[str, ...] = ()
+    config_path: Path | None = None
+    overrides: tuple[str, ...] = ()
+
+    def with_values(self, setting: str, values: Sequence[str]) -> dict[str, Config]:
+        """The settings with each of `values` put over them.
+
+        Raises:
+            ConfigError: There is no such setting, it cannot have such a value, or it decides which
+                model is planned for.
+        """
+        texts = {value: full_setting(f"{setting}={value}") for value in values}
+        if any(text.startswith("model.") for text in texts.values()):
+            raise ConfigError(
+                f'"{setting}" cannot be swept.',
+                why="All plans of a sweep are for one model.",
+                fix="Call `eightgig plan --model` once for each.",
+            )
+        return {
+            value: read_config(self.config_path, [*self.overrides, text])
+            for value, text in texts.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class CardOptions:
+    """Another machine than this one.
+
+    Attributes:
+        vram: Its card: name or memory; None: this machine.
+        ram: Its main memory, as a size; None: what is common.
+        has_display: Whether the card draws the desktop.
+    """
+
+    vram: str | None = None
+    ram: str | None = None
+    has_display: bool = False
 
 
 def read_request(
@@ -53,7 +90,7 @@ def read_request(
     overrides: list[str],
     *,
     model: str | None,
-    vram: str | None,
+    card: CardOptions,
     max_tokens: int | None,
 ) -> Asked:
     """What the arguments of `eightgig plan` ask about.
@@ -62,7 +99,7 @@ def read_request(
         config_path: A config; None: the defaults, for `model`.
         overrides: Settings put over it.
         model: Another model than the config's.
-        vram: Another card than this machine's: its name or memory.
+        card: Another machine than this one.
         max_tokens: Another longest row than the config's.
 
     Raises:
@@ -82,22 +119,78 @@ def read_request(
     if config_path is None:
         overrides = ["data.path=none", *overrides]
     config = read_config(config_path, overrides)
-    spec = find_spec(config)
-    hardware = probe(config.memory.device) if vram is None else hardware_from_card(vram)
+    spec = find_shape(config.model.name, revision=config.model.revision)
+    hardware, assumed = _find_machine(config, card)
     rows, is_prepared, note = (None, False, None)
     if config_path is not None:
         rows, is_prepared, note = _read_rows(config)
+    notes = [*assumed, *([] if note is None else [note]), *_fetching(config, spec)]
     return Asked(
         config=config,
         spec=spec,
         hardware=hardware,
         rows=rows,
         is_prepared=is_prepared,
-        notes=() if note is None else (note,),
+        notes=tuple(notes),
+        config_path=config_path,
+        overrides=tuple(overrides),
     )
 
 
-def read_sweep(text: str) -> tuple[str, list[str]]:
+def _find_machine(config: Config, card: CardOptions) -> tuple[Hardware, list[str]]:
+    """The machine that is planned for, and what was assumed of it.
+
+    Raises:
+        ConfigError: `ram` is no size, or is said of this machine.
+        HardwareError: `vram` is no card.
+    """
+    if card.vram is None:
+        if card.ram is not None or card.has_display:
+            raise ConfigError(
+                "--ram and --display describe another machine, and no card is named.",
+                why="Without --vram the plan is for this machine, whose memory is measured.",
+                fix='Add --vram "RTX 4060", or set memory.host_budget for this machine.',
+            )
+        machine = probe(config.memory.device)
+        return machine, [_machine_words(machine)]
+    machine = hardware_from_card(
+        card.vram,
+        has_display=card.has_display,
+        host_total_bytes=TYPICAL_HOST_BYTES if card.ram is None else _size("--ram", card.ram),
+    )
+    assumed = [] if card.ram else [f"{format_bytes(machine.host_total_bytes)} of main memory"]
+    assumed.append(f"{format_bytes(machine.disk_free_bytes)} of free disk")
+    assumed += [] if card.has_display else ["no desktop on the card"]
+    return machine, [f"Assumed: {', '.join(assumed)} (see --ram and --display)."]
+
+
+def _machine_words(machine: Hardware) -> str:
+    words = [f"{format_bytes(machine.host_free_bytes)} of main memory are free"]
+    words.append(f"{format_bytes(machine.disk_free_bytes)} of disk")
+    if machine.device == "cuda":
+        words.insert(0, f"{format_bytes(machine.vram_free_bytes)} of VRAM")
+    return f"This machine: {', '.join(words)}."
+
+
+def _size(option: str, text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{option} cannot be {text}.", why=f"{error}.", fix=f"Write for example {option} 32GiB."
+        ) from None
+
+
+def _fetching(config: Config, spec: ModelSpec) -> list[str]:
+    """What the checkpoint takes beside the plan's disk, where it is not on this machine."""
+    name = config.model.name
+    if name == DEMO_MODEL or Path(name).expanduser().is_dir() or config.model.delete_download:
+        return []
+    size = format_bytes(2 * count_parameters(spec.decoder))
+    return [f"The checkpoint takes about {size} of disk besides, if it is not there yet."]
+
+
+def read_sweep(text: str, *, option: str = "--sweep") -> tuple[str, list[str]]:
     """Setting and values of `max_length=1024,2048`.
 
     Raises:
@@ -107,27 +200,11 @@ def read_sweep(text: str) -> tuple[str, list[str]]:
     words = [word.strip() for word in values.split(",") if word.strip()]
     if not key.strip() or not words:
         raise ConfigError(
-            f'--sweep {text}: this is not "name=value,value,...".',
-            why="One plan is made for each value of one setting.",
-            fix="Write for example --sweep max_length=1024,2048,4096.",
+            f'{option} {text}: this is not "name=value,value,...".',
+            why="It tries each value of one setting.",
+            fix=f"Write for example {option} max_length=1024,2048,4096.",
         )
     return key.strip(), words
-
-
-def find_spec(config: Config) -> ModelSpec:
-    """The model of `config`; its weights need not be here, a folder may hold a config.json alone.
-
-    Raises:
-        ModelError: No such model, or of another family.
-    """
-    name = config.model.name
-    if name == DEMO_MODEL:
-        return read_model_spec(demo_model_path(), name=name)
-    local = find_local_model(name)
-    if local is not None:
-        return parse_model_spec(read_model_config(local.path), name=name)
-    known = known_model_spec(name)
-    return known or look_up_hub_model(name, revision=config.model.revision).spec
 
 
 def find_tokenizer(config: Config) -> PreTrainedTokenizerFast:

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 
 # Work is shown this often where a line cannot be drawn over.
 _PLAIN_SECONDS = 10.0
-_STYLES = {"guard": "yellow", "oom": "yellow", "stop": "bold yellow", "eval": "green"}
+_STYLES = {
+    "guard": "yellow",
+    "oom": "yellow",
+    "stop": "bold yellow",
+    "eval": "green",
+    "pause": "yellow",
+}
 
 
 @runtime_checkable

@@ -8,29 +8,26 @@ from __future__ import annotations
 import json
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eightgig.config import Choice, Config
+from eightgig.config import Config
 from eightgig.errors import EightgigError, Finding
-from eightgig.run import Run, mask_secrets, to_json, write_atomically
-from eightgig.units import MIB, format_bytes, format_seconds
+from eightgig.run import Run, mask_secrets, to_json
+from eightgig.units import format_bytes
 
 if TYPE_CHECKING:
-    from eightgig.cli.inputs import Asked
     from eightgig.export.export import Export
     from eightgig.export.push import Upload
     from eightgig.hardware.doctor import Examination
     from eightgig.hardware.facts import Facts
+    from eightgig.hardware.nvml import Gpu
     from eightgig.hardware.probe import Hardware
-    from eightgig.memory.plan import Plan
-    from eightgig.memory.sweep import SweepPoint
     from eightgig.training.step import StepReport
 
 SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -42,6 +39,12 @@ _REPORT_AT = "https://github.com/eightgig/eightgig/issues"
 def show_line(text: str, style: str = "") -> None:
     """One line of a result."""
     show_text(Text(text, style=style))
+
+
+def show_wrapped(text: str | Text, style: str = "") -> None:
+    """Prose of a result, in the width of the terminal; not for what is to be copied."""
+    prose = Text(text, style=style) if isinstance(text, str) else text
+    _output().print(prose, highlight=False)
 
 
 def show_text(text: Text) -> None:
@@ -96,8 +99,8 @@ def show_findings(findings: Iterable[Finding]) -> None:
     console = _output()
     for finding in findings:
         head = (f"{finding.severity}: ", SEVERITY_STYLES[finding.severity])
-        _write(console, Text.assemble(head, _finding_text(finding, with_fix=False)))
-        _write(console, Text.assemble(("  why: ", "dim"), finding.why))
+        _write_prose(console, Text.assemble(head, _finding_text(finding, with_fix=False)))
+        _write_prose(console, Text.assemble(("  why: ", "dim"), finding.why))
         _write(console, Text.assemble(("  fix: ", "dim"), finding.fix))
 
 
@@ -113,51 +116,10 @@ def show_examination(examination: Examination, *, as_json: bool) -> None:
     show_table(table)
     show_findings(findings)
     if examination.can_train:
-        show_line("This machine can train.", "bold green")
+        place = "" if facts.gpu is not None else ", on its processor: small models"
+        show_line(f"This machine can train{place}.", "bold green")
     else:
         show_line("Training cannot work here until the errors above are mended.", "bold red")
-
-
-def show_plan(plan: Plan, asked: Asked, *, picture: Path | None, as_json: bool) -> None:
-    """Whether it fits, memory by item, every choice with its reason, and what would help."""
-    if picture is not None:
-        from eightgig.memory.picture import draw_plan
-
-        write_atomically(picture, draw_plan(plan, title=asked.spec.name))
-    if as_json:
-        show_json(plan)
-        return
-    console = _output()
-    _write(console, Text(f"{asked.spec.name} on {machine_words(asked.hardware)}", "bold"))
-    for note in asked.notes:
-        _write(console, Text(note, "dim"))
-    _write(console, _verdict(plan))
-    device = "VRAM" if plan.device == "cuda" else "Memory"
-    console.print(_bytes_table(f"{device} at the peak", plan.breakdown, plan.peak_bytes))
-    console.print(_bytes_table(f"{device} budget", plan.budget_breakdown, plan.budget_bytes))
-    console.print(_bytes_table("Host memory", plan.host_breakdown, plan.host_bytes))
-    console.print(_choices_table(plan.choices))
-    for line in _forecast(plan):
-        _write(console, Text(line))
-    for advice in plan.advice:
-        _write(console, Text(f"- {advice}"))
-
-
-def show_sweep(key: str, points: Sequence[SweepPoint], *, as_json: bool) -> None:
-    """One line for each value of a setting."""
-    if as_json:
-        show_json({"setting": key, "points": points})
-        return
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in (key, "fits", "peak", "budget", "host memory", "tokens/s"):
-        table.add_column(column, justify="right")
-    for point in points:
-        plan = point.plan
-        speed = "" if plan.tokens_per_second is None else f"{plan.tokens_per_second:,.0f}"
-        sizes = (plan.peak_bytes, plan.budget_bytes, plan.host_bytes)
-        fits = "yes" if plan.fits else "no"
-        table.add_row(str(point.value), fits, *(format_bytes(size) for size in sizes), speed)
-    show_table(table)
 
 
 def show_new_config(
@@ -231,29 +193,6 @@ def _finding_text(finding: Finding, *, with_fix: bool = True) -> str:
     return f"{text} {finding.fix}" if with_fix else text
 
 
-def _bytes_table(title: str, items: Mapping[str, int], total_bytes: int) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("item")
-    table.add_column("MiB", justify="right")
-    table.add_column("", justify="left")
-    largest = max((abs(size) for size in items.values()), default=0) or 1
-    for name, size in items.items():
-        bar = "#" * round(24 * abs(size) / largest)
-        table.add_row(name.replace("_", " "), f"{size / MIB:,.1f}", Text(bar, style="blue"))
-    table.add_row(Text("total", "bold"), Text(f"{total_bytes / MIB:,.1f}", "bold"), "")
-    return table
-
-
-def _choices_table(choices: Iterable[Choice]) -> Table:
-    table = Table(title="Choices", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("choice", "value", "because", "instead of"):
-        table.add_column(column)
-    for choice in choices:
-        row = (choice.name, choice.value, choice.reason, choice.rejected)
-        table.add_row(*(Text(cell) for cell in row))
-    return table
-
-
 def _machine_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "system", facts.system + (" (WSL)" if facts.is_wsl else "")
     if facts.gpu is None:
@@ -261,10 +200,13 @@ def _machine_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     else:
         vram = f"{format_bytes(facts.gpu.total_bytes)}, {format_bytes(facts.gpu.free_bytes)} free"
         yield "GPU", f"{facts.gpu.name}, {vram}"
+        yield from _card_rows(facts.gpu)
     free, total = format_bytes(facts.host_free_bytes), format_bytes(facts.host_total_bytes)
     yield "main memory", f"{total}, {free} free"
     yield "disk", f"{format_bytes(facts.disk_free_bytes)} free for prepared weights"
     yield from facts.versions.items()
+    if facts.bitsandbytes.library:
+        yield "its library", Path(facts.bitsandbytes.library).name
     rates = facts.rates
     if rates is not None:
         yield "matrix products", f"{rates.gemm_flops_per_second / 1e12:.1f} TFLOP/s"
@@ -272,31 +214,28 @@ def _machine_rows(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "copies", " in, ".join(f"{format_bytes(rate)}/s" for rate in copies) + " out"
 
 
-def _verdict(plan: Plan) -> Text:
-    word, style = ("It fits", "bold green") if plan.fits else ("It does not fit", "bold red")
-    peak, budget = format_bytes(plan.peak_bytes), format_bytes(plan.budget_bytes)
-    host, allowed = format_bytes(plan.host_bytes), format_bytes(plan.host_budget_bytes)
-    disk = format_bytes(plan.disk_bytes)
-    device = "VRAM" if plan.device == "cuda" else "memory"
-    needs = f": {peak} of {budget} {device}, {host} of {allowed} host memory, {disk} of disk."
-    return Text.assemble((word, style), needs)
-
-
-def _forecast(plan: Plan) -> Iterator[str]:
-    if plan.tokens_per_second is not None:
-        low, high = plan.tokens_per_second_range or (plan.tokens_per_second,) * 2
-        yield f"Speed: {plan.tokens_per_second:,.0f} tokens/s ({low:,.0f} to {high:,.0f})."
-    if plan.run_seconds is not None:
-        short, long = plan.run_seconds_range or (plan.run_seconds,) * 2
-        span = f"{format_seconds(short)} to {format_seconds(long)}"
-        steps = f"{plan.num_steps:,} optimizer steps"
-        yield f"Run: {steps} in {format_seconds(plan.run_seconds)} ({span})."
+def _card_rows(gpu: Gpu) -> Iterator[tuple[str, str]]:
+    """What the driver tells of its link, heat and power."""
+    if gpu.max_pcie_generation and gpu.pcie_lanes:
+        yield "PCIe", f"{gpu.max_pcie_generation}.0 x{gpu.pcie_lanes}"
+    state = []
+    if gpu.temperature_celsius is not None:
+        state.append(f"{gpu.temperature_celsius} degrees Celsius")
+    if gpu.power_limit_watts:
+        state.append(f"limit {gpu.power_limit_watts:.0f} W")
+    if state:
+        yield "heat and power", ", ".join(state)
 
 
 def _output(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr)
     # A file or a pipe has no width; tables squeezed into 80 columns are hard to read there.
     return console if console.is_terminal else Console(stderr=stderr, width=_PIPE_COLUMNS)
+
+
+def _write_prose(console: Console, text: Text) -> None:
+    """Wrapped between words for people; one line for programs."""
+    console.print(text, soft_wrap=not console.is_terminal, highlight=False)
 
 
 def _write(console: Console, text: Text) -> None:

@@ -17,6 +17,7 @@ from eightgig.config.settings import (
     RunConfig,
     TrainConfig,
 )
+from eightgig.config.short import full_setting
 from eightgig.config.start import starting_values
 from eightgig.config.write import example_config, write_config, write_example
 
@@ -37,6 +38,7 @@ __all__ = [
     "describe_groups",
     "describe_settings",
     "example_config",
+    "full_setting",
     "is_safe_name",
     "read_config",
     "setting_groups",

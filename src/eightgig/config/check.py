@@ -102,6 +102,12 @@ _RULES = (
         fix="Write 1 or more, or -1 to let num_train_epochs decide.",
     ),
     _Rule(
+        settings=("run.pause_above_celsius",),
+        is_possible=lambda value: value == 0 or 40 <= value <= 110,
+        fix="Write degrees from 40 to 110, or 0 for no pause.",
+        why="Below 40 °C a card that works would never go on; above 110 °C it is off already.",
+    ),
+    _Rule(
         settings=("data.max_length",),
         is_possible=lambda value: value >= 2,
         fix='Write a number of tokens of 2 or more, or "auto".',

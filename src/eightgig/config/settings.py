@@ -138,7 +138,7 @@ class TrainConfig:
     seed: int = 42
     """Seed of the row order, the split, the adapter's start and dropout."""
     trial: bool | Auto = AUTO
-    """Try the longest rows before the run; auto does so for runs predicted above 10 minutes."""
+    """Try up to 100 rows before the run; auto does so for runs predicted above 10 minutes."""
     early_stopping_patience: int = 0
     """Evaluations without a better held-out loss before stopping; 0 never stops."""
 
@@ -189,6 +189,8 @@ class RunConfig:
     """Checkpoints kept; the newest stay."""
     eval_steps: int | Auto = AUTO
     """Held-out loss every so many steps; auto is ten times a run, 0 only at the end."""
+    pause_above_celsius: int = 0
+    """Wait while the GPU is hotter than this; 0 never waits."""
     report_to: Literal["none", "tensorboard"] = "none"
     """Write TensorBoard files beside metrics.jsonl."""
 

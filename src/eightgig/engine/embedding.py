@@ -15,6 +15,7 @@ from eightgig.data.batches import Batch
 from eightgig.engine.batch import MicroBatch, label_positions, row_keys, to_device
 from eightgig.engine.decoder import rotary_key
 from eightgig.engine.rope import angles, inverse_frequencies
+from eightgig.memory.estimate import PLE_TILE_TOKENS
 from eightgig.models.spec import DecoderSpec
 from eightgig.ops.reference import rms_norm
 
@@ -112,8 +113,7 @@ class Embedding:
         scale = torch.tensor(self._decoder.embedding_scale, dtype=self._scale_dtype)
         embedded = embedded * scale.to(device)
         if inputs.ple is not None:
-            rows = inputs.ple.to(device, non_blocking=True).to(self._dtype)
-            micro_batch.ple = self._per_layer_inputs(embedded.to(self._dtype), rows)
+            micro_batch.ple = self._per_layer_inputs(embedded.to(self._dtype), inputs.ple)
         return embedded.to(self._hidden_dtype), micro_batch
 
     @property
@@ -141,12 +141,15 @@ class Embedding:
         torch.index_select(table, 0, ids, out=out)
         return out
 
-    def _per_layer_inputs(self, embedded: Tensor, rows: Tensor) -> Tensor:
+    def _per_layer_inputs(self, embedded: Tensor, host_rows: Tensor) -> Tensor:
         """(context + token) / sqrt(2), (N, L, P): see Gemma 3n and 4's per-layer embedding."""
         decoder = self._decoder
-        shape = (-1, decoder.num_layers, decoder.ple_size)
-        context = torch.mm(embedded, self._projection.t()) * decoder.hidden_size**-0.5
-        context = rms_norm(context.view(shape), self._norm, decoder.rms_norm_eps)
-        token = rows.view(shape) * decoder.ple_size**0.5
-        combined: Tensor = (context + token) * _PLE_SUM_SCALE
+        shape = (len(embedded), decoder.num_layers, decoder.ple_size)
+        combined = torch.empty(shape, dtype=self._dtype, device=self._device)
+        tiles = (part.split(PLE_TILE_TOKENS) for part in (combined, embedded, host_rows))
+        for out, tile, rows in zip(*tiles, strict=True):
+            context = torch.mm(tile, self._projection.t()) * decoder.hidden_size**-0.5
+            context = rms_norm(context.view(out.shape), self._norm, decoder.rms_norm_eps)
+            token = rows.to(self._device, non_blocking=True).to(self._dtype).view(out.shape)
+            torch.mul(context + token * decoder.ple_size**0.5, _PLE_SUM_SCALE, out=out)
         return combined

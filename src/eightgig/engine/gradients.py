@@ -52,7 +52,7 @@ class Gradients:
         """Start from zero."""
         self._is_empty = True
         if self._lane is None:
-            self._wait_for_reader()
+            self.wait_for_reader()
             self.whole.zero_()
 
     def end_group(self) -> None:
@@ -69,7 +69,7 @@ class Gradients:
 
     def open(self, layer: int) -> Mapping[str, GroupMasters]:
         """Views to add the gradients of `layer` to, by group name."""
-        self._wait_for_reader()
+        self.wait_for_reader()
         if self._lane is None:
             return self._views[layer]
         earlier, arrived = None, self._arrived[layer]
@@ -86,10 +86,11 @@ class Gradients:
         if self._lane is not None:
             self._arrived[layer] = self._lane.send(self.sums[layer])
 
-    def _wait_for_reader(self) -> None:
-        if self._reader is not None:
-            self._reader.result()
-            self._reader = None
+    def wait_for_reader(self) -> None:
+        """Return when the reader is done; what went wrong there is raised here, once."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.result()
 
     def wait(self, layer: int) -> Tensor:
         """The sums of `layer`, once they have arrived; blocks the calling thread."""

@@ -22,6 +22,7 @@ from eightgig.engine.embedding import Embedding, HostInputs
 from eightgig.engine.gradients import Gradients
 from eightgig.engine.head import HeadChunks, HeadResult, StreamedHead
 from eightgig.engine.weights import WeightReader
+from eightgig.memory.estimate import BUNDLE_BUFFERS
 from eightgig.memory.plan import Plan
 from eightgig.models.spec import DecoderSpec
 from eightgig.ops.choose import Ops
@@ -134,10 +135,16 @@ class Model:
                 self.device,
                 self.meter,
                 expected_bytes=plan.host_breakdown.get("checkpoints", 0),
+                buffer_bytes=plan.breakdown.get("checkpoints", 0) // BUNDLE_BUFFERS,
             )
             if plan.checkpoints == "host" and self.device.type == "cuda"
             else DeviceWaiting()
         )
+
+    @property
+    def micro_batches_per_visit(self) -> int:
+        """Micro-batches that share one visit of a layer."""
+        return self._plan.micro_batches_per_visit
 
     def use_adapter(self, is_used: bool) -> None:
         """Switch the adapter on or off in `losses` and `logits`."""
@@ -215,10 +222,11 @@ class Model:
     ) -> Tensor:
         """One visit of every layer forward and backward, by all of `inputs`."""
         self._start(self._training_visits)
+        self._waiting.begin()
         hidden, batches = self._embed(inputs)
         self._forward(hidden, batches, keeps=True)
-        self._waiting.settle()
-        losses, grads = self._head_pass(hidden, batches, grad_scale=1.0 / loss_tokens)
+        with torch.profiler.record_function("head"):
+            losses, grads = self._head_pass(hidden, batches, grad_scale=1.0 / loss_tokens)
         hidden.clear()
         keys = [
             (layer, number)

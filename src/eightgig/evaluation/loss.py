@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,10 +42,24 @@ class RowLosses:
     tokens: NDArray[np.int64]
 
 
-def measure_loss(model: Model, rows: Dataset, plan: Plan, packing: bool = True) -> HeldOutLoss:
-    """The loss of all of `rows`, in the micro-batches that training uses."""
+def measure_loss(
+    model: Model,
+    rows: Dataset,
+    plan: Plan,
+    packing: bool = True,
+    between: Callable[[], None] = lambda: None,
+) -> HeldOutLoss:
+    """The loss of all of `rows`, in the micro-batches that training uses.
+
+    Args:
+        model: Computes it.
+        rows: All of them.
+        plan: How they are cut.
+        packing: Whether rows share a micro-batch.
+        between: Called before each visit of micro-batches; what it raises ends the measurement.
+    """
     start_seconds = time.perf_counter()
-    losses = measure_row_losses(model, rows, plan, packing)
+    losses = measure_row_losses(model, rows, plan, packing, between)
     loss_tokens = int(losses.tokens.sum())
     return HeldOutLoss(
         loss=float(losses.sums.sum()) / max(loss_tokens, 1),
@@ -53,8 +68,14 @@ def measure_loss(model: Model, rows: Dataset, plan: Plan, packing: bool = True) 
     )
 
 
-def measure_row_losses(model: Model, rows: Dataset, plan: Plan, packing: bool = True) -> RowLosses:
-    """The loss of each of `rows`, in the micro-batches that training uses."""
+def measure_row_losses(
+    model: Model,
+    rows: Dataset,
+    plan: Plan,
+    packing: bool = True,
+    between: Callable[[], None] = lambda: None,
+) -> RowLosses:
+    """The loss of each of `rows`, in the micro-batches that training uses; as `measure_loss`."""
     # Several rendered rows may come from one source row: here each has a number of its own.
     numbered = replace(rows, row_ids=np.arange(rows.num_rows))
     batches = pack_rows(
@@ -67,6 +88,7 @@ def measure_row_losses(model: Model, rows: Dataset, plan: Plan, packing: bool = 
     tokens = np.zeros(rows.num_rows, dtype=np.int64)
     size = plan.micro_batches_per_visit
     for start in range(0, len(batches), size):
+        between()
         group = batches[start : start + size]
         inputs = [model.embedding.prepare(batch) for batch in group]
         losses = model.losses([future.result() for future in inputs])

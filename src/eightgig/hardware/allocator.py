@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# The name since torch 2.9, which warns of the old one.
+VARIABLE = "PYTORCH_ALLOC_CONF"
+_OLD_NAMES = ("PYTORCH_CUDA_ALLOC_CONF",)
 
 
 def prepare_allocator() -> None:
@@ -15,5 +17,5 @@ def prepare_allocator() -> None:
     """
     if sys.platform == "win32" or "torch" in sys.modules:
         return
-    if not any(name in os.environ for name in _VARIABLES):
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if not any(name in os.environ for name in (VARIABLE, *_OLD_NAMES)):
+        os.environ[VARIABLE] = "expandable_segments:True"

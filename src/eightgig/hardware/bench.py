@@ -1,13 +1,14 @@
 """What only a running torch can tell: rates, and whether a real NF4 training step is right.
 
-The only module of `hardware` that uses torch, always inside a function. `eightgig doctor` runs it
-as a child process (`python -m eightgig.hardware.bench NAME`), so that a library that crashes on
-import takes nothing else with it.
+The only module of `hardware` that uses torch, always inside a function (and `triton_probe`, which
+it calls). `eightgig doctor` runs it as a child process (`python -m eightgig.hardware.bench NAME`),
+so that a library that crashes on import takes nothing else with it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
 _GPU_GEMM = (2048, 3840, 15360)
 _CPU_GEMM = (512, 1536, 4096)
 _COPY_BYTES = 128 * MIB
+# Under load a card's clock comes down to what its power limit allows: what is timed comes after.
+_WARM_UP_SECONDS = 0.7
+_LAUNCHES = 500
 _TRIES = 8
 _PIN_STEP_BYTES = 256 * MIB
+_PIN_PROBE_BYTES = 1024 * MIB
+_PIN_SECONDS = 1.0
 # With two engines, both directions together are nearly twice as fast as one.
 _TWO_ENGINES_RATIO = 1.3
 _RANK, _IN, _OUT, _TOKENS = 32, 256, 128, 64
@@ -47,6 +53,7 @@ def measure_rates(
         return _cpu_rates()
     import torch
 
+    launching = _launch_seconds()
     gemm = _gpu_gemm_seconds(getattr(torch, compute_dtype))
     passing, to_device, to_host, both = _gpu_copy_seconds()
     torch.cuda.empty_cache()
@@ -61,18 +68,41 @@ def measure_rates(
         both_ways_bytes_per_second=together,
         copy_engines=2 if together > _TWO_ENGINES_RATIO * alone else 1,
         is_measured=True,
+        launch_seconds=launching,
     )
 
 
 def _gpu_gemm_seconds(dtype: torch.dtype) -> float:
-    """One product of the shape `_GPU_GEMM`."""
+    """One product of the shape `_GPU_GEMM`, at the clock of long work."""
     import torch
 
     tokens, inner, outer = _GPU_GEMM
     left = torch.randn(tokens, inner, device="cuda", dtype=dtype)
     right = torch.randn(outer, inner, device="cuda", dtype=dtype)
     out = torch.empty(tokens, outer, device="cuda", dtype=dtype)
-    return _gpu_seconds(lambda: torch.mm(left, right.t(), out=out))
+
+    def multiply() -> None:
+        torch.mm(left, right.t(), out=out)
+
+    until = time.perf_counter() + _WARM_UP_SECONDS
+    while time.perf_counter() < until:
+        _gpu_seconds(multiply)
+    return _gpu_seconds(multiply)
+
+
+def _launch_seconds() -> float:
+    """Python's time for one small operation, while the device keeps up."""
+    import torch
+
+    numbers = torch.zeros(8, device="cuda")
+    times = []
+    for _ in range(_TRIES):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(_LAUNCHES):
+            numbers.add_(1.0)
+        times.append((time.perf_counter() - start) / _LAUNCHES)
+    return min(times)
 
 
 def _cpu_rates() -> Rates:
@@ -143,20 +173,51 @@ def _gpu_copy_seconds() -> tuple[float, float, float, float]:
     )
 
 
-def pinned_bytes(wanted_bytes: int) -> int:
-    """How much of `wanted_bytes` of main memory the system lets be pinned.
+def pinned_bytes(wanted_bytes: int, *, within_seconds: float = math.inf) -> int:
+    """How much of `wanted_bytes` of main memory the system lets be pinned, in that time.
 
-    For a process of its own: torch keeps what it pinned until the process ends.
+    torch keeps what it pinned, see `measure_pin_limit`.
     """
     import torch
 
     held: list[torch.Tensor] = []
-    while len(held) * _PIN_STEP_BYTES < wanted_bytes:
+    end = time.perf_counter() + within_seconds
+    while len(held) * _PIN_STEP_BYTES < wanted_bytes and time.perf_counter() < end:
         try:
             held.append(torch.empty(_PIN_STEP_BYTES, dtype=torch.uint8, pin_memory=True))
         except RuntimeError:
             break
     return len(held) * _PIN_STEP_BYTES
+
+
+def measure_pin_limit(rule_bytes: int, *, host_total_bytes: int) -> int:
+    """How much main memory can be pinned, as far as a second of trying shows; it is given back.
+
+    Where the system should allow much, a gigabyte is tried: if that goes, the rule holds. Where it
+    should allow little (WSL), more is tried, up to half of the memory.
+
+    Args:
+        rule_bytes: What the system should allow.
+        host_total_bytes: Main memory.
+    """
+    give_back = _host_cache_release()
+    if give_back is None:
+        return rule_bytes
+    if rule_bytes < _PIN_PROBE_BYTES:
+        limit = pinned_bytes(host_total_bytes // 2, within_seconds=_PIN_SECONDS)
+    else:
+        pinned = pinned_bytes(_PIN_PROBE_BYTES)
+        limit = pinned if pinned < _PIN_PROBE_BYTES else rule_bytes
+    give_back()
+    return limit
+
+
+def _host_cache_release() -> Callable[[], None] | None:
+    """What makes torch unpin memory that it keeps for later; older releases have it as private."""
+    import torch
+
+    public = getattr(torch.accelerator, "empty_host_cache", None)
+    return public or getattr(torch._C, "_host_emptyCache", None)
 
 
 def torch_facts() -> dict[str, Any]:
@@ -195,6 +256,13 @@ def bitsandbytes_facts() -> dict[str, Any]:
         "is_cuda_library": not is_missing and bool(library.compiled_with_cuda),
         "error": str(library.error_msg) if is_missing else "",
     }
+
+
+def triton_kernel(device: str) -> dict[str, Any]:
+    """Whether Triton compiles a kernel here: its version, and whether the result is right."""
+    from eightgig.hardware.triton_probe import run_kernel
+
+    return run_kernel(device)
 
 
 def nf4_step(device: Literal["cuda", "cpu"]) -> dict[str, float]:
@@ -274,6 +342,7 @@ def main(arguments: list[str]) -> None:
         "torch": torch_facts,
         "bitsandbytes": bitsandbytes_facts,
         "nf4_step": nf4_step,
+        "triton": triton_kernel,
         "rates": measure_rates,
         "pinned": lambda wanted: pinned_bytes(int(wanted)),
     }

@@ -11,17 +11,14 @@ from eightgig.units import GIB, MIB, format_bytes, parse_bytes
 # with a browser takes more.
 DRIVER_BYTES = 256 * MIB
 DESKTOP_BYTES = 512 * MIB
+SMALLEST_CARD_BYTES = GIB
 TYPICAL_HOST_BYTES = 32 * GIB
 TYPICAL_SYSTEM_BYTES = 4 * GIB
 TYPICAL_DISK_BYTES = 200 * GIB
 
 
 def hardware_from_card(
-    name_or_size: str,
-    *,
-    host: Hardware | None = None,
-    has_display: bool = False,
-    pcie_generation: int | None = None,
+    name_or_size: str, *, host_total_bytes: int = TYPICAL_HOST_BYTES, has_display: bool = False
 ) -> Hardware:
     """A machine with the card that `name_or_size` means: `RTX 4060`, `4060 laptop`, `8GiB`.
 
@@ -29,9 +26,8 @@ def hardware_from_card(
 
     Args:
         name_or_size: Name or memory of the card.
-        host: Machine whose main memory, disk and processor are taken; None: 32 GiB and 200 GiB.
+        host_total_bytes: Main memory, of which the system takes 4 GiB.
         has_display: Whether the desktop is drawn by the card, as on most Windows machines.
-        pcie_generation: Of the board, where it is older than the card.
 
     Raises:
         HardwareError: Neither a card of the table nor a size.
@@ -40,7 +36,7 @@ def hardware_from_card(
     total, name = (card.memory_gib * GIB, card.name) if card else (_size(name_or_size), "")
     if card is None:
         card = card_of_size(total)
-        name = f"{format_bytes(total)} card (rates of {card.name})"
+        name = f"a card of {format_bytes(total)} (rates of {card.name})"
     held = DRIVER_BYTES + (DESKTOP_BYTES if has_display else 0)
     return Hardware(
         device="cuda",
@@ -48,36 +44,32 @@ def hardware_from_card(
         compute_capability=card.compute_capability,
         has_bf16=card.compute_capability >= (8, 0),
         vram_total_bytes=total,
-        vram_free_bytes=total - held,
+        vram_free_bytes=max(0, total - held),
         context_bytes=context_bytes(card.name),
         display_bytes=held,
-        host_total_bytes=host.host_total_bytes if host else TYPICAL_HOST_BYTES,
-        host_free_bytes=(
-            host.host_free_bytes if host else TYPICAL_HOST_BYTES - TYPICAL_SYSTEM_BYTES
-        ),
-        pin_limit_bytes=_pin_limit(host, has_display=has_display),
-        disk_free_bytes=host.disk_free_bytes if host else TYPICAL_DISK_BYTES,
-        cpu_threads=host.cpu_threads if host else 8,
-        rates=card_rates(card, generation=pcie_generation),
+        host_total_bytes=host_total_bytes,
+        host_free_bytes=max(0, host_total_bytes - TYPICAL_SYSTEM_BYTES),
+        pin_limit_bytes=int(host_total_bytes * (0.5 if has_display else 0.9)),
+        disk_free_bytes=TYPICAL_DISK_BYTES,
+        cpu_threads=8,
+        rates=card_rates(card),
         has_triton=True,
     )
 
 
-def _pin_limit(host: Hardware | None, *, has_display: bool) -> int:
-    total = host.host_total_bytes if host else TYPICAL_HOST_BYTES
-    return int(total * (0.5 if has_display else 0.9))
-
-
 def _size(text: str) -> int:
     try:
-        return parse_bytes(text)
+        size_bytes = parse_bytes(text)
     except ValueError:
+        size_bytes = 0
+    if size_bytes < SMALLEST_CARD_BYTES:
         close = closest_names(text) or [card.name for card in CARDS[:4]]
         raise HardwareError(
             f'"{text}" is neither a card of the table nor a size.',
             why="A plan for another machine needs the card's memory and rates.",
             fix=f'Write a size such as "8GiB", or a name such as {", ".join(close)}.',
-        ) from None
+        )
+    return size_bytes
 
 
 def cards_page() -> str:

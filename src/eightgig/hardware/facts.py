@@ -108,6 +108,21 @@ class StepFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TritonFacts:
+    """A kernel compiled and run.
+
+    Attributes:
+        version: As it reports it, None where no kernel was run.
+        is_right: Whether the result was.
+        error: What went wrong.
+    """
+
+    version: str | None = None
+    is_right: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
     """A machine as the doctor sees it.
 
@@ -119,13 +134,16 @@ class Facts:
         gpu: The card that CUDA would use.
         has_nvidia_card: Whether the bus shows a card of NVIDIA, driver or not; None: unknown.
         torch, bitsandbytes, step: From child processes.
+        triton: Likewise; None where there is no GPU for it, or no Triton.
         versions: Installed packages that matter.
         c_compiler: Path of the compiler that Triton would use, None where there is none.
         host_total_bytes, host_free_bytes: Main memory.
         pin_limit_bytes: What the system should let be pinned.
         pinned_bytes: What it did, up to 2 GiB; None where it was not tried.
         rates: Measured speeds, None where not measured.
+        rates_error: Why they could not be.
         cache_dir, disk_free_bytes: Where prepared weights go, and the room there.
+        hub_dir, hub_free_bytes: Where downloads go, and the room there.
         has_hf_token: Whether a Hugging Face token is set; the token itself is never read.
     """
 
@@ -138,6 +156,7 @@ class Facts:
     torch: TorchFacts
     bitsandbytes: BitsandbytesFacts
     step: StepFacts
+    triton: TritonFacts | None
     versions: Mapping[str, str]
     c_compiler: str | None
     host_total_bytes: int
@@ -145,8 +164,11 @@ class Facts:
     pin_limit_bytes: int
     pinned_bytes: int | None
     rates: Rates | None
+    rates_error: str
     cache_dir: str
     disk_free_bytes: int
+    hub_dir: str
+    hub_free_bytes: int
     has_hf_token: bool
 
     @property
@@ -180,6 +202,8 @@ def gather_facts(cache_dir: Path | None = None, *, measures_rates: bool = True) 
     uses_gpu = gpu is not None and torch.is_cuda_available
     device = "cuda" if uses_gpu else "cpu"
     total, free = host_memory()
+    versions, hub = _installed_versions(), _hub_folder()
+    measured = ask_child("rates", "cuda") if uses_gpu and measures_rates else Answer(None, "")
     return Facts(
         system=platform.system(),
         is_wsl=is_wsl(),
@@ -190,15 +214,19 @@ def gather_facts(cache_dir: Path | None = None, *, measures_rates: bool = True) 
         torch=torch,
         bitsandbytes=bitsandbytes,
         step=read_step(ask_child("nf4_step", device), device),
-        versions=_installed_versions(),
+        triton=_run_triton(versions) if uses_gpu else None,
+        versions=versions,
         c_compiler=_c_compiler(),
         host_total_bytes=total,
         host_free_bytes=free,
         pin_limit_bytes=pin_limit_bytes(total),
         pinned_bytes=ask_child("pinned", str(_PIN_PROBE_BYTES)).value if uses_gpu else None,
-        rates=_measured_rates() if uses_gpu and measures_rates else None,
+        rates=None if measured.value is None else from_json(Rates, measured.value),
+        rates_error=measured.error,
         cache_dir=str(cache_dir),
         disk_free_bytes=disk_free_bytes(cache_dir),
+        hub_dir=str(hub),
+        hub_free_bytes=disk_free_bytes(hub),
         has_hf_token=_has_hf_token(),
     )
 
@@ -262,9 +290,18 @@ def read_step(answer: Answer, device: str) -> StepFacts:
     return from_json(StepFacts, {"device": device, **answer.value})
 
 
-def _measured_rates() -> Rates | None:
-    answer = ask_child("rates", "cuda")
-    return None if answer.error else from_json(Rates, answer.value)
+def read_triton(answer: Answer) -> TritonFacts:
+    """The record of an answer to `triton`."""
+    return TritonFacts(error=answer.error) if answer.error else from_json(TritonFacts, answer.value)
+
+
+def has_triton(versions: Mapping[str, str]) -> bool:
+    """Whether Triton is among the installed packages, under one of its names."""
+    return "triton" in versions or "triton-windows" in versions
+
+
+def _run_triton(versions: Mapping[str, str]) -> TritonFacts | None:
+    return read_triton(ask_child("triton", "cuda")) if has_triton(versions) else None
 
 
 def _installed_versions() -> dict[str, str]:
@@ -304,7 +341,17 @@ def _has_hf_token() -> bool:
     """Whether huggingface_hub would find a token. Its text is not read."""
     if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
         return True
-    home = os.environ.get("HF_HOME")
-    folder = Path(home) if home else Path.home() / ".cache" / "huggingface"
-    path = Path(os.environ.get("HF_TOKEN_PATH") or folder / "token")
+    path = Path(os.environ.get("HF_TOKEN_PATH") or _hub_home() / "token")
     return path.is_file() and path.stat().st_size > 0
+
+
+def _hub_folder() -> Path:
+    """Where huggingface_hub keeps downloads; the library itself is not imported."""
+    return Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub")
+
+
+def _hub_home() -> Path:
+    home = os.environ.get("HF_HOME")
+    if home:
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"

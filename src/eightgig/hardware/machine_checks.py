@@ -30,8 +30,8 @@ def check_device(facts: Facts) -> Iterator[Finding]:
             severity="note",
             code="doctor.gpu",
             message=f"{gpu.name}: {free} of {total} free, compute capability {shown}, driver "
-            f"{facts.nvml.driver_version}, torch {facts.torch.version} for CUDA "
-            f"{facts.torch.cuda_build}.",
+            f"{facts.nvml.driver_version}, torch {facts.torch.version or 'not usable'} for "
+            f"{'CUDA ' + facts.torch.cuda_build if facts.torch.cuda_build else 'no GPU'}.",
             why="Training computes here.",
             fix="Nothing to do.",
         )
@@ -130,6 +130,14 @@ def check_link(facts: Facts) -> Iterator[Finding]:
             why="Copies take longer; the plan counts with the link as it is.",
             fix="Set the slot to its newest generation in the firmware, if the board has it.",
         )
+    if facts.rates_error:
+        yield Finding(
+            severity="warning",
+            code="doctor.rates",
+            message=f"Speeds could not be measured: {facts.rates_error.splitlines()[-1]}",
+            why="Training measures them, too, before it plans.",
+            fix="Close what holds the card (nvidia-smi lists it), then: eightgig doctor",
+        )
     yield from _check_copy_rate(facts, generation, lanes)
 
 
@@ -211,18 +219,30 @@ def check_main_memory(facts: Facts) -> Iterator[Finding]:
 
 
 def check_disk(facts: Facts) -> Iterator[Finding]:
-    """Whether prepared weights will fit where the cache is."""
-    free = facts.disk_free_bytes
-    if free >= _LITTLE_DISK_BYTES:
-        return
-    yield Finding(
-        severity="error" if free < _NO_DISK_BYTES else "warning",
-        code="doctor.disk",
-        message=f"{format_bytes(free)} are free for {facts.cache_dir}.",
-        why="A download takes 10 GiB (E2B) to 24 GiB (12B), its prepared form 6 to 8 GiB.",
-        fix="Set model.cache_dir to a folder on another disk and model.delete_download: true; see "
-        f"what fills this one with: du -xhd1 {facts.cache_dir}",
-    )
+    """Whether prepared weights will fit where the cache is, and downloads where theirs is."""
+    free, is_windows = facts.disk_free_bytes, facts.system == "Windows"
+    if free < _LITTLE_DISK_BYTES:
+        yield Finding(
+            severity="error" if free < _NO_DISK_BYTES else "warning",
+            code="doctor.disk",
+            message=f"{format_bytes(free)} are free for {facts.cache_dir}.",
+            why="A download takes 10 GiB (E2B) to 24 GiB (12B), its prepared form 6 to 8 GiB.",
+            fix="Set model.cache_dir to a folder on another disk and model.delete_download: true; "
+            f"see what fills this one with: {_fillers(facts.cache_dir, is_windows=is_windows)}",
+        )
+    free = facts.hub_free_bytes
+    if free < _LITTLE_DISK_BYTES and free != facts.disk_free_bytes:
+        yield Finding(
+            severity="warning",
+            code="doctor.hub_disk",
+            message=f"{format_bytes(free)} are free for downloads in {facts.hub_dir}.",
+            why="A checkpoint takes 10 GiB (E2B) to 24 GiB (12B) before it is prepared.",
+            fix="setx HF_HOME D:\\huggingface" if is_windows else "export HF_HOME=/other/disk",
+        )
+
+
+def _fillers(folder: str, *, is_windows: bool) -> str:
+    return f"dir /s {folder}" if is_windows else f"du -xhd1 {folder}"
 
 
 def check_token(facts: Facts) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+NVML_PACKAGE = "nvidia-ml-py"
 _THERMAL_REASONS = ("SwThermalSlowdown", "HwThermalSlowdown", "HwSlowdown")
 _POWER_REASONS = ("SwPowerCap", "HwPowerBrakeSlowdown")
 
@@ -85,7 +86,7 @@ def read_nvml(nvml: Any = None) -> NvmlReading:
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError as error:
-            return NvmlReading(error=f"nvidia-ml-py cannot be imported: {error}")
+            return NvmlReading(error=f"{NVML_PACKAGE} cannot be imported: {error}")
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:

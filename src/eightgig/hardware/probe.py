@@ -44,6 +44,10 @@ _CGROUP_LIMITS = (
 )
 
 
+# An elementwise operation of torch on a current desktop processor.
+USUAL_LAUNCH_SECONDS = 4e-6
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
     """Measured or tabulated speeds of one device.
@@ -55,6 +59,7 @@ class Rates:
         device_to_host_bytes_per_second: Device to pinned host memory, alone.
         both_ways_bytes_per_second: Sum of both directions at the same time.
         copy_engines: Copies that can run at the same time.
+        launch_seconds: Python's time to launch a small operation on the device.
         is_measured: True when measured on this machine, False when taken from a table.
     """
 
@@ -65,6 +70,7 @@ class Rates:
     both_ways_bytes_per_second: float
     copy_engines: int
     is_measured: bool
+    launch_seconds: float = USUAL_LAUNCH_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from eightgig.errors import Finding, Severity
-from eightgig.hardware.facts import Facts
+from eightgig.hardware.facts import Facts, has_triton
+from eightgig.hardware.nvml import NVML_PACKAGE
 
 # First driver of the branch that serves each major CUDA version (NVIDIA's compatibility table).
 _DRIVER_FOR_CUDA = {11: 450, 12: 525, 13: 580}
@@ -35,21 +36,35 @@ def check_python(facts: Facts) -> Iterator[Finding]:
 
 def check_driver(facts: Facts) -> Iterator[Finding]:
     """Whether there is a driver, and one that serves torch's CUDA version."""
+    if facts.nvml.error.startswith(NVML_PACKAGE):
+        yield Finding(
+            severity="warning" if facts.has_nvidia_card is False else "error",
+            code="doctor.nvml_missing",
+            message=f"The driver cannot be asked: {facts.nvml.error}",
+            why="Whether there is a GPU, and what of it is free, is known through this package.",
+            fix=f"python -m pip install --force-reinstall {NVML_PACKAGE}",
+        )
+        return
     if facts.nvml.driver_version is None:
         if facts.has_nvidia_card:
+            was_updated = "mismatch" in facts.nvml.error.lower()
             yield Finding(
                 severity="error",
                 code="doctor.driver_missing",
                 message=f"There is an NVIDIA card but no working driver ({facts.nvml.error}).",
-                why="Without the driver nothing can use the card.",
-                fix=_install_driver(facts, 580),
+                why="The driver was updated under the running system."
+                if was_updated
+                else "Without the driver nothing can use the card.",
+                fix="sudo reboot" if was_updated else _install_driver(facts, 580),
             )
         return
     build = _cuda_major(facts.torch.cuda_build)
     served = facts.nvml.cuda_version
     if build is not None and served is not None and served[0] < build:
         wanted = _DRIVER_FOR_CUDA.get(build, 580)
-        tag = _NEWEST_CUDA_TAGS.get(served[0], "cu126")
+        fix = _install_driver(facts, wanted)
+        if served[0] in _NEWEST_CUDA_TAGS:
+            fix += f"   or: {_reinstall_torch(_NEWEST_CUDA_TAGS[served[0]])}"
         yield Finding(
             severity="error",
             code="doctor.driver_old",
@@ -58,7 +73,7 @@ def check_driver(facts: Facts) -> Iterator[Finding]:
                 f"this torch was built for CUDA {facts.torch.cuda_build}."
             ),
             why=f"CUDA {build} needs driver {wanted} or newer.",
-            fix=f"{_install_driver(facts, wanted)}   or: {_reinstall_torch(tag)}",
+            fix=fix,
         )
 
 
@@ -70,6 +85,14 @@ def _install_driver(facts: Facts, version: int) -> str:
 
 def _reinstall_torch(tag: str) -> str:
     return f"python -m pip install --force-reinstall torch --index-url {_TORCH_INDEX}{tag}"
+
+
+def _gpu_torch(facts: Facts) -> str:
+    """How to get a torch that this driver serves, and a driver first where it serves none."""
+    major = (facts.nvml.cuda_version or (13, 0))[0]
+    if major >= min(_NEWEST_CUDA_TAGS):
+        return _reinstall_torch(_NEWEST_CUDA_TAGS.get(major, _NEWEST_CUDA_TAGS[13]))
+    return f"{_install_driver(facts, 580)}   then: {_reinstall_torch(_NEWEST_CUDA_TAGS[13])}"
 
 
 def _cuda_major(build: str | None) -> int | None:
@@ -90,14 +113,13 @@ def check_torch(facts: Facts) -> Iterator[Finding]:
         return
     if gpu is None:
         return
-    tag = _NEWEST_CUDA_TAGS.get((facts.nvml.cuda_version or (13, 0))[0], "cu126")
     if torch.cuda_build is None:
         yield Finding(
             severity="error",
             code="doctor.torch_cpu_build",
             message=f"torch {torch.version} was built for processors only; {gpu.name} is idle.",
             why="It came from an index without GPU builds, or the driver was missing then.",
-            fix=_reinstall_torch(tag),
+            fix=_gpu_torch(facts),
         )
     elif not torch.is_cuda_available:
         cause = _last_line(torch.error) or "it gives no reason"
@@ -107,7 +129,7 @@ def check_torch(facts: Facts) -> Iterator[Finding]:
             message=f"torch {torch.version} for CUDA {torch.cuda_build} cannot use {gpu.name}: "
             f"{cause}",
             why="Driver and torch do not fit, or CUDA_VISIBLE_DEVICES hides the card.",
-            fix=f"unset CUDA_VISIBLE_DEVICES; nvidia-smi; {_reinstall_torch(tag)}",
+            fix=f"unset CUDA_VISIBLE_DEVICES; nvidia-smi; {_gpu_torch(facts)}",
         )
     elif torch.architectures and not _has_kernels(torch.architectures, gpu.compute_capability):
         major, minor = gpu.compute_capability
@@ -116,7 +138,7 @@ def check_torch(facts: Facts) -> Iterator[Finding]:
             code="doctor.torch_architecture",
             message=f"torch {torch.version} has no kernels for sm_{major}{minor} ({gpu.name}).",
             why=f"It was built for {', '.join(torch.architectures)}.",
-            fix=_reinstall_torch(tag),
+            fix=_gpu_torch(facts),
         )
 
 
@@ -197,7 +219,7 @@ def check_step(facts: Facts) -> Iterator[Finding]:
             code="doctor.nf4_step",
             message=f"A real NF4 training step failed on {step.device}: {_last_line(step.error)}",
             why="Training takes thousands of such steps.",
-            fix="Mend what is reported above; then run `eightgig doctor` again.",
+            fix=_mend_step(step.error),
         )
         return
     errors = {name: value for name in _LARGEST_ERRORS if (value := getattr(step, name)) is not None}
@@ -224,13 +246,18 @@ def check_step(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _mend_step(error: str) -> str:
+    if "out of memory" in error.lower():
+        return "Close what holds the card's memory (nvidia-smi lists it); then: eightgig doctor"
+    return "Mend what is reported above; what bitsandbytes says itself: python -m bitsandbytes"
+
+
 def check_triton(facts: Facts) -> Iterator[Finding]:
     """Whether the fused kernels can be compiled."""
     if facts.gpu is None or not facts.torch.is_cuda_available:
         return
-    has_triton = "triton" in facts.versions or "triton-windows" in facts.versions
-    if not has_triton:
-        package = "triton-windows" if facts.system == "Windows" else "triton"
+    package = "triton-windows" if facts.system == "Windows" else "triton"
+    if not has_triton(facts.versions):
         yield Finding(
             severity="warning",
             code="doctor.triton_missing",
@@ -245,6 +272,19 @@ def check_triton(facts: Facts) -> Iterator[Finding]:
             message="There is no C compiler.",
             why="Triton compiles a small launcher with it before the first kernel runs.",
             fix="sudo apt install gcc",
+        )
+    elif facts.triton is not None and not facts.triton.is_right:
+        error = facts.triton.error
+        lacks_headers = "Python.h" in error
+        yield Finding(
+            severity="warning",
+            code="doctor.triton_broken",
+            message="Triton compiles no kernel here: "
+            + ("Python.h is missing." if lacks_headers else _last_line(error) or "wrong result."),
+            why="The fused kernels are written in it; plain PyTorch takes more memory and time.",
+            fix="sudo apt install python3-dev"
+            if lacks_headers
+            else f"rm -rf ~/.triton; python -m pip install --force-reinstall {package}",
         )
 
 

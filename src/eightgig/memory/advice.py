@@ -15,7 +15,6 @@ from eightgig.hardware.cards import DRIVER_BYTES
 from eightgig.hardware.probe import Hardware
 from eightgig.memory import estimate
 from eightgig.memory.problem import Problem, Solution, solve
-from eightgig.models.spec import ModelSpec
 from eightgig.units import format_bytes
 
 _PLACE_SETTINGS = (
@@ -28,6 +27,7 @@ _PLACE_SETTINGS = (
     "kernels",
     "offload",
 )
+_SLOW_TOKENS_PER_SECOND = 20.0
 _SMALLER_RANKS = (64, 32, 16, 8, 4)
 
 
@@ -61,6 +61,13 @@ def _notes(problem: Problem, solution: Solution) -> Iterator[str]:
     decoder = solution.work.decoder
     if decoder.has_experts:
         yield "Mixture-of-experts layers cannot be trained yet; the bytes are an estimate."
+    guess = solution.best.time.tokens_per_second
+    is_guessed = not solution.work.has_device and problem.hardware.rates is None
+    if is_guessed and solution.fits and guess < _SLOW_TOKENS_PER_SECOND:
+        yield (
+            f"On a processor expect around {max(guess, 0.1):.2g} tokens/s (a guess, nothing was "
+            "measured): enough to try things out, not to train this model."
+        )
     wanted, length = problem.wanted_length, solution.work.max_length
     if length < wanted and problem.rows is None:
         yield f"Rows above {length:,} tokens do not fit."
@@ -90,14 +97,6 @@ def _shortages(problem: Problem, solution: Solution) -> list[str]:
             f"Free {format_bytes(missing)} of disk, or set model.cache_dir to a folder on another "
             f"disk: {format_bytes(solution.disk_bytes)} are needed."
         )
-    for name, budget in (("budget", solution.device), ("host_budget", solution.host)):
-        if budget.total_bytes > budget.available_bytes and (
-            name == "budget" or budget.total_bytes > hardware.host_total_bytes
-        ):
-            lines.append(
-                f"Lower memory.{name} to {format_bytes(budget.available_bytes)}, or to auto: more "
-                "is not there."
-            )
     return lines
 
 
@@ -112,12 +111,14 @@ def _harmless_changes(problem: Problem, solution: Solution) -> Iterator[_Change]
             problem=dataclasses.replace(problem, hardware=_without_programs(hardware)),
         )
     for name, budget in (("budget", solution.device), ("host_budget", solution.host)):
-        if getattr(config.memory, name) != AUTO and budget.total_bytes < budget.available_bytes:
-            yield _change_memory(
-                problem,
-                name,
-                f"Raise memory.{name} to up to {format_bytes(budget.available_bytes)}",
-            )
+        available = format_bytes(budget.available_bytes)
+        if getattr(config.memory, name) == AUTO or budget.total_bytes == budget.available_bytes:
+            continue
+        if budget.total_bytes < budget.available_bytes:
+            yield _change_memory(problem, name, f"Raise memory.{name} to up to {available}")
+        elif name == "budget" or budget.total_bytes > hardware.host_total_bytes:
+            text = f"Lower memory.{name} to {available}, or to auto (more is not there)"
+            yield _change_memory(problem, name, text)
     for name in _PLACE_SETTINGS:
         if getattr(config.memory, name) != AUTO:
             yield _change_memory(problem, name, f"Set memory.{name}: auto")
@@ -154,7 +155,7 @@ def _changes_of_training(problem: Problem, *, is_last_resort: bool) -> list[str]
         lines.append(
             f"{start}data.max_length: {length} would fit; longer rows could not be trained on."
         )
-    if not lines and isinstance(problem.spec, ModelSpec):
+    if not lines and not is_last_resort:
         lines.append("No setting makes it fit: use a smaller model, or a machine with more memory.")
     return lines
 

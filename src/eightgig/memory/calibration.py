@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from eightgig.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from eightgig.hardware.probe import Rates
 from eightgig.memory.estimate import Layout, device_bytes
 from eightgig.memory.plan import Plan
-from eightgig.memory.workload import build_workload
+from eightgig.memory.search import is_hopper
+from eightgig.memory.speed import StepTime, step_time
+from eightgig.memory.workload import Workload, build_workload
 from eightgig.models.spec import DecoderSpec, ModelSpec
 from eightgig.run import from_json
 
@@ -80,48 +83,59 @@ def compare_with_plan(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredPeak:
-    """One run of the table `measured_peaks.jsonl`.
+    """One run of the table `measured_peaks.jsonl`, with all that a forecast of it needs.
 
     Attributes:
+        case: Name of the run in `benchmarks/peaks.py`.
         model: Name of the shape.
-        tokens: N, tokens of a micro-batch (one row).
-        micro_batches: Of an optimizer step.
-        per_visit: G, of a visit.
-        rank: r on the seven linears.
-        placement: `streamed`, `half` or `resident`.
-        layer_slots: Slots that this meant.
-        mlp_tile_tokens, head_tile_tokens: Tiles.
-        checkpoints: Where layer inputs waited.
+        tokens: Of each row.
+        rows: Of an optimizer step.
+        rank, lora_dropout: Of the adapter, on the seven linears.
+        placement: `streamed`, `half` or `resident`: how many layers stay on the device.
         offload: Outputs kept instead of recomputed.
         optim: As in the config.
-        kernels: `triton` or `plain`.
+        micro_batch_tokens, micro_batches_per_visit, layer_slots, mlp_tile_tokens, head_tile_tokens,
+            checkpoints, kernels: The layout, as in `Plan`.
+        compute_capability: Of the card.
+        budget_bytes: What the allocator was allowed to reserve.
+        rates: Measured before the run.
         predicted_bytes: By the formulas of the commit that measured.
         measured_bytes: Most that the allocator reserved.
-        predicted_tokens_per_second, measured_tokens_per_second: None where not compared.
-        used_for_tuning: Whether a formula was changed because of this row.
+        allocated_bytes: Most that tensors took of it at a time; None where it was not noted.
+        predicted_tokens_per_second: By the formulas of the commit that measured.
+        measured_tokens_per_second: Median of the steps after the first; None where `rates` are not
+            all of the same minute.
+        used_for_tuning: Whether formulas may have been changed because of this row.
         machine, versions, date: Where and when.
     """
 
+    case: str
     model: str
     tokens: int
-    micro_batches: int = 1
-    per_visit: int = 1
+    rows: int
     rank: int
+    lora_dropout: float
     placement: Literal["streamed", "half", "resident"]
+    offload: tuple[str, ...]
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
+    micro_batch_tokens: int
+    micro_batches_per_visit: int
     layer_slots: int
     mlp_tile_tokens: int
     head_tile_tokens: int
     checkpoints: Literal["device", "host"]
-    offload: tuple[str, ...] = ()
-    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
-    kernels: Literal["triton", "plain"] = "triton"
+    kernels: Literal["triton", "plain"]
+    compute_capability: tuple[int, int]
+    budget_bytes: int
+    rates: Rates
     predicted_bytes: int
     measured_bytes: int
-    predicted_tokens_per_second: float | None = None
-    measured_tokens_per_second: float | None = None
+    allocated_bytes: int | None
+    predicted_tokens_per_second: float
+    measured_tokens_per_second: float | None
     used_for_tuning: bool
     machine: str
-    versions: str
+    versions: Mapping[str, str]
     date: str
 
 
@@ -136,26 +150,39 @@ def read_measured_peaks(path: Path) -> tuple[MeasuredPeak, ...]:
 
 
 def predict_peak(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> int:
-    """Today's forecast for the run of `row`, which trained `spec` on rows of one length."""
+    """Today's forecast of the reserved peak of `row`, which trained `spec`."""
+    return sum(predict_items(row, spec).values())
+
+
+def predict_items(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> dict[str, int]:
+    """The same by item."""
+    return device_bytes(*_asked(row, spec))
+
+
+def predict_time(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> StepTime:
+    """Today's forecast of a step of `row`, from the rates that were measured before it."""
+    return step_time(*_asked(row, spec), row.rates)
+
+
+def _asked(row: MeasuredPeak, spec: ModelSpec | DecoderSpec) -> tuple[Workload, Layout]:
     config = Config(
         model=ModelConfig(name=row.model),
         data=DataConfig(path=""),
-        lora=LoraConfig(r=row.rank),
-        train=TrainConfig(optim=row.optim, gradient_accumulation_steps=row.micro_batches),
+        lora=LoraConfig(r=row.rank, lora_dropout=row.lora_dropout),
+        train=TrainConfig(optim=row.optim, gradient_accumulation_steps=row.rows),
     )
-    work = build_workload(spec, config, max_length=row.tokens)
     layout = Layout(
-        micro_batch_tokens=row.tokens,
-        micro_batches_per_visit=row.per_visit,
+        micro_batch_tokens=row.micro_batch_tokens,
+        micro_batches_per_visit=row.micro_batches_per_visit,
         layer_slots=row.layer_slots,
         mlp_tile_tokens=row.mlp_tile_tokens,
         head_tile_tokens=row.head_tile_tokens,
         checkpoints=row.checkpoints,
         kernels=row.kernels,
         offload=row.offload,
-        is_hopper="H100" in row.machine,
+        is_hopper=is_hopper(row.compute_capability),
     )
-    return sum(device_bytes(work, layout).values())
+    return build_workload(spec, config, max_length=row.tokens), layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,4 +227,39 @@ def judge_peaks(rows: Sequence[MeasuredPeak], predicted_bytes: Sequence[int]) ->
         median_excess_ratio=statistics.median(excess),
         worst_excess_ratio=max(excess),
         too_low=tuple(row for row, predicted in pairs if predicted < row.measured_bytes),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedAccuracy:
+    """How well predicted speeds hold over a table.
+
+    Attributes:
+        num_rows: Rows.
+        median_ratio: Of measured over predicted tokens/s.
+        off: Cases further off than `SPEED_RATIO`, with measured over predicted.
+    """
+
+    num_rows: int
+    median_ratio: float
+    off: Mapping[str, float]
+
+
+def judge_speeds(rows: Sequence[MeasuredPeak], predicted: Sequence[float]) -> SpeedAccuracy:
+    """How `predicted` tokens/s, made by today's formulas, compare with the rows' measurements.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    if not rows:
+        raise ValueError("there are no measured rows")
+    ratios = {
+        row.case: row.measured_tokens_per_second / speed
+        for row, speed in zip(rows, predicted, strict=True)
+        if row.measured_tokens_per_second is not None
+    }
+    return SpeedAccuracy(
+        num_rows=len(ratios),
+        median_ratio=statistics.median(ratios.values()),
+        off={case: ratio for case, ratio in ratios.items() if abs(ratio - 1) > SPEED_RATIO},
     )

@@ -19,21 +19,25 @@ from eightgig.units import KIB, MIB
 SLOT_ROUNDING_BYTES = 2 * MIB
 RING_SLOTS = 3
 HEAD_CHUNK_MULTIPLE = 256
+# Tokens whose per-layer inputs are made at a time: float32 copies of (N, L, P) for a whole
+# micro-batch would be the peak of a step in E2B and E4B.
+PLE_TILE_TOKENS = 512
 GRADIENT_BUFFERS = 2
-# Bundles on their way back from the host, and on their way to it: as in `engine.checkpoints`.
-READ_BUFFERS = 3
-WRITES_IN_FLIGHT = 2
+# For bundles on their way to the host, later for those on their way back and the one in use.
+BUNDLE_BUFFERS = 3
 HEAD_BYTES = 2  # the head stays bfloat16, as in the checkpoint
 # bitsandbytes keeps the states of smaller tensors in float32.
 SMALLEST_8BIT_ELEMENTS = 4096
 # torch gives cuBLAS 32 MiB on Hopper and 8.125 MiB elsewhere.
 CUBLAS_BYTES = {True: 32 * MIB, False: 8 * MIB + 128 * KIB}
-# Small tensors share 2 MiB and 20 MiB segments, of which the last is never full.
-SMALL_SEGMENT_BYTES = 22 * MIB
-# Freed blocks do not fit the next request exactly: share of what comes and goes in a step. In seven
-# runs on an H100, and in 28 layouts whose allocations were replayed into a model of torch's
-# allocator, it was 3 to 13 %; up to 20 where `head_bytes` counts more than uniform labels take.
-FRAGMENTATION_RATIO = 0.13
+# What the allocator reserves beyond what is asked for: the last of its 20 MiB pages, and of the
+# segments of small tensors; and, since freed blocks do not fit the next request exactly, shares of
+# what comes and goes in a step, of the buffers between device and host, and of the hidden states of
+# several micro-batches. Fitted to 42 rows of `tests/data/measured_peaks.jsonl`; 23 were kept apart.
+PAGE_BYTES = 24 * MIB
+FRAGMENTATION_RATIO = 0.08
+BUFFER_FRAGMENTATION_RATIO = 0.4
+VISIT_FRAGMENTATION_RATIO = 0.3
 # torch, its libraries and Python in main memory, with a CUDA context and without.
 PROCESS_BYTES = {True: 1536 * MIB, False: 640 * MIB}
 EXPERTS_AT_A_TIME = 16
@@ -110,8 +114,6 @@ def device_bytes(work: Workload, layout: Layout) -> dict[str, int]:
         "head": max(0, outside - max(attention, mlp)),
     }
     changing = sum(items[name] for name in ("hidden", "attention", "mlp", "head"))
-    if layout.checkpoints == "host":
-        changing += items["checkpoints"]
     items["allocator_slack"] = slack_bytes(work, layout, changing)
     return items
 
@@ -234,12 +236,14 @@ def hidden_bytes(work: Workload, layout: Layout) -> int:
 def embedding_bytes(work: Workload, layout: Layout) -> int:
     """Making a micro-batch's per-layer inputs beside its embedding.
 
-    Rows and products of N L P in the compute dtype, and three float32 copies in their norm.
+    For a tile of tokens: rows and products of L P in the compute dtype, and three float32 copies
+    in their norm.
     """
     decoder, tokens = work.decoder, layout.micro_batch_tokens
     width = decoder.num_layers * decoder.ple_size
     embedded = tokens * decoder.hidden_size * 2 * work.stream_bytes
-    return embedded + tokens * width * (2 * work.element_bytes + 3 * 4)
+    tile = min(tokens, PLE_TILE_TOKENS)
+    return embedded + tile * width * (2 * work.element_bytes + 3 * 4)
 
 
 def checkpoint_bytes(work: Workload, layout: Layout) -> int:
@@ -248,17 +252,10 @@ def checkpoint_bytes(work: Workload, layout: Layout) -> int:
 
 
 def checkpoint_device_bytes(work: Workload, layout: Layout) -> int:
-    """All of them with the outputs that are kept, or buffers for three bundles that come back."""
+    """All of them with the outputs that are kept, or buffers for a few that leave or come back."""
     if layout.checkpoints == "device":
         return checkpoint_bytes(work, layout) + offload_bytes(work, layout)
-    return READ_BUFFERS * max(bundle_bytes(work, layer, layout) for layer in work.layers)
-
-
-def leaving_bytes(work: Workload, layout: Layout) -> int:
-    """Bundles on their way to the host while the next one is made, and while the head works."""
-    if layout.checkpoints == "device":
-        return 0
-    return WRITES_IN_FLIGHT * max(bundle_bytes(work, layer, layout) for layer in work.layers)
+    return BUNDLE_BUFFERS * max(bundle_bytes(work, layer, layout) for layer in work.layers)
 
 
 def bundle_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
@@ -282,12 +279,13 @@ def attention_saved_bytes(work: Workload, layer: LayerSize, layout: Layout) -> i
     """What the attention half keeps for its backward pass, for a whole micro-batch.
 
     Normed input D + R, projection, q, own k and v, output Q + R, log-sum-exp (float32, per head),
-    projected output D.
+    projected output D. Where later layers use the K and V of others, `hidden_bytes` has counted
+    those, and more than the other layers' own, which live before they do.
     """
     hidden = work.decoder.hidden_size
     columns = hidden + layer.qkv.rank + layer.qkv.out_size + layer.query_size
     columns += layer.query_size + layer.o.rank + hidden
-    if layer.shape.has_k_proj:
+    if not any(kind.is_kv_source for kind in work.layers):
         columns += 2 * layer.kv_size
     tokens = layout.micro_batch_tokens
     return tokens * (columns * work.element_bytes + 4 * layer.shape.num_heads)
@@ -362,7 +360,7 @@ def mlp_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
 
 
 def forward_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
-    """The forward visit, beside bundles that are leaving: the worse of
+    """The forward visit: the worse of
 
     - attention: all that it makes, and its output D; and
     - the MLP: that output, what is kept of attention, and the last tile beside the results and
@@ -381,7 +379,7 @@ def forward_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int
         tokens * (2 * stream + down),
     )
     mlp = tokens * stream + attention_reread_bytes(work, layer, layout) + tiles
-    return leaving_bytes(work, layout) + max(attention, mlp)
+    return max(attention, mlp)
 
 
 def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[int, int]:
@@ -391,7 +389,9 @@ def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[in
     inputs gate and product 2 P and their projection D. Forward: the layer's output D, and the sum
     before the per-layer block D. Backward: gradient of the residual D; and gradients of the
     product F and of gate and up 2 F + R, or the latter with those of the input and the result, 2 D;
-    or before them those of the per-layer block, 3 D + 3 P.
+    or before them those of the per-layer block, 3 D + 3 P. Dropout, while the adapter of down goes
+    backward: gradient of the product F, its dropped input, the gradient through it and that one's
+    masked copy, 3 F, beside 2.5 D (measured).
     """
     decoder, item = work.decoder, work.element_bytes
     hidden, feed_forward = decoder.hidden_size, layer.shape.intermediate_size
@@ -404,7 +404,12 @@ def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[in
         worst = max(worst, 3 * decoder.ple_size * item + 3 * stream)
         forward += stream
     experts = decoder.num_active_experts * (2 * hidden + 3 * decoder.expert_size) * item
-    unfused = unfused_bytes(work, layout, tokens, max(hidden, feed_forward))
+    unfused = 0
+    if layout.kernels == "plain":
+        unfused = unfused_bytes(work, layout, tokens, max(hidden, feed_forward))
+    elif work.has_dropout:
+        worst = max(worst, (4 * feed_forward + 5 * hidden // 2) * item)
+        forward += feed_forward * item
     reread = hidden * item if "down_proj" in layout.offload else 0
     return (
         tokens * (both + forward + experts),
@@ -428,12 +433,12 @@ def unfused_bytes(work: Workload, layout: Layout, tokens: int, columns: int) -> 
 def head_bytes(work: Workload, layout: Layout) -> int:
     """Loss of the n labelled tokens of a visit, then the gradient of its hidden states G N D.
 
-    Beside bundles that are leaving. For the loss: states, rows of the labels (later the gradient),
-    and float32 sums U, n D each; rows of the labels of one chunk, at worst of all, n D, and those
-    of one micro-batch; for a tile of t tokens and C rows float32 logits and their weights, of
-    which plain code makes seven more copies; and the chunk where it must be converted. At its end
-    a tile takes five float32 copies of D. Afterwards: the rows' gradient n D, that of all hidden
-    states G N D, and twice the rows of one micro-batch.
+    For the loss: states, rows of the labels (later the gradient), and float32 sums U, n D each;
+    rows of the labels of one chunk, at worst of all, n D, and those of one micro-batch; for a tile
+    of t tokens and C rows float32 logits and their weights, of which plain code makes seven more
+    copies; and the chunk where it must be converted. At its end a tile takes five float32 copies
+    of D. Afterwards: the rows' gradient n D, that of all hidden states G N D, and twice the rows
+    of one micro-batch.
     """
     hidden, item = work.decoder.hidden_size, work.element_bytes
     stream, tokens = hidden * work.stream_bytes, min(layout.visit_tokens, work.step_loss_tokens)
@@ -444,7 +449,7 @@ def head_bytes(work: Workload, layout: Layout) -> int:
     kept = tokens * hidden * (2 * item + 4 + HEAD_BYTES) + one * stream
     loss = kept + max(logits + converted, tile * hidden * 5 * 4)
     gradient = tokens * hidden * item + layout.visit_tokens * stream + 2 * one * stream
-    return leaving_bytes(work, layout) + max(loss, gradient)
+    return max(loss, gradient)
 
 
 def slack_bytes(work: Workload, layout: Layout, changing_bytes: int) -> int:
@@ -455,10 +460,16 @@ def slack_bytes(work: Workload, layout: Layout, changing_bytes: int) -> int:
         layout: What was decided.
         changing_bytes: What comes and goes in a step.
     """
-    fragments = int(changing_bytes * FRAGMENTATION_RATIO)
     if not work.has_device:
-        return fragments + PROCESS_BYTES[False]
-    return fragments + SMALL_SEGMENT_BYTES + CUBLAS_BYTES[layout.is_hopper]
+        return int(changing_bytes * FRAGMENTATION_RATIO) + PROCESS_BYTES[False]
+    fragments = FRAGMENTATION_RATIO * changing_bytes
+    if layout.checkpoints == "host":
+        bundle = checkpoint_device_bytes(work, layout) / BUNDLE_BUFFERS
+        fragments += BUFFER_FRAGMENTATION_RATIO * bundle
+    if layout.micro_batches_per_visit > 1:
+        stream = layout.visit_tokens * work.decoder.hidden_size * work.stream_bytes
+        fragments += VISIT_FRAGMENTATION_RATIO * stream
+    return int(fragments) + PAGE_BYTES + CUBLAS_BYTES[layout.is_hopper]
 
 
 def offload_bytes(work: Workload, layout: Layout) -> int:

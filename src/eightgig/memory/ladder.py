@@ -5,10 +5,17 @@ No rung changes which rows a step has, their order, or how their losses are weig
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from eightgig.config import Choice
 from eightgig.memory.plan import Plan
+
+_REASON = "memory ran out"
+# On a card with more to give than this, an earlier card's rungs are not taken over.
+_SAME_BUDGET_RATIO = 1.05
 
 _FEWEST_SLOTS = 2
 _LEAST_HEAD_TOKENS = 256
@@ -29,11 +36,50 @@ def next_rung(plan: Plan) -> tuple[Plan, Choice] | None:
     return None
 
 
+def count_rungs(plan: Plan) -> int:
+    """Rungs that led to `plan`."""
+    return sum(choice.reason == _REASON for choice in plan.choices)
+
+
+def keep_rungs(plan: Plan, earlier_path: Path) -> Plan:
+    """`plan` on the rungs of an earlier part of the run, so that it does not meet the same wall.
+
+    Args:
+        plan: As planned now.
+        earlier_path: plan.json of the earlier part; `plan` stays as it is where there is none.
+    """
+    try:
+        earlier = json.loads(earlier_path.read_text(encoding="utf-8"))
+        if plan.budget_bytes > _SAME_BUDGET_RATIO * int(earlier["budget_bytes"]):
+            return plan
+        rungs = [choice for choice in earlier["choices"] if choice["reason"] == _REASON]
+        for rung in rungs:
+            name = str(rung["name"])
+            plan = _lower(plan, name, earlier[name], Choice(**rung))
+    except (OSError, ValueError, KeyError, TypeError):
+        return plan
+    return plan
+
+
+def _lower(plan: Plan, name: str, value: Any, choice: Choice) -> Plan:
+    """`plan` with one field as low as it was already, and the choice that says so."""
+    now = getattr(plan, name, None)
+    plan = replace(plan, choices=(*plan.choices, choice))
+    if name == "checkpoints" and value == "host":
+        return replace(plan, checkpoints="host")
+    if not isinstance(now, int) or not isinstance(value, int):
+        return plan
+    if name == "layer_slots" and value < now:
+        plan = replace(plan, resident_layers=0)
+    # The field is one of Plan's; replace() cannot say that to a type checker.
+    return replace(plan, **{name: min(now, value)})  # type: ignore[arg-type]
+
+
 def _step(plan: Plan, name: str, value: int | str) -> tuple[Plan, Choice]:
     choice = Choice(
         name=name,
         value=f"{value:,}" if isinstance(value, int) else value,
-        reason="memory ran out",
+        reason=_REASON,
         rejected=str(getattr(plan, name)),
     )
     lower = replace(plan, choices=(*plan.choices, choice))

@@ -1,12 +1,19 @@
-"""A plan as a picture: one bar of memory by item against the budget, as SVG."""
+"""A plan as a picture: one bar of memory by item against the budget, as SVG or PNG."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import io
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+from typing import Any
 
+from eightgig.errors import ConfigError
 from eightgig.memory.plan import Plan
-from eightgig.units import format_bytes
+from eightgig.run import write_atomically
+from eightgig.units import GIB, format_bytes
 
 # Colours that stay apart for colour-blind readers and in grey (Okabe and Ito).
 _COLOURS = {
@@ -39,6 +46,72 @@ class _Part:
         return _COLOURS.get(self.name, "#444444")
 
 
+def write_picture(plan: Plan, path: Path, *, title: str = "") -> None:
+    """Draw `plan` into a file, as its ending says.
+
+    Args:
+        plan: What is drawn.
+        path: An `.svg`, or a `.png`, which matplotlib draws.
+        title: Above the bar, for example the model and the card.
+
+    Raises:
+        ConfigError: Another ending, no such folder, or matplotlib is not installed.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".svg", ".png"):
+        raise ConfigError(
+            f"{path} cannot be drawn.",
+            why="A picture is an .svg or a .png.",
+            fix=f"Write {path.with_suffix('.svg')}.",
+        )
+    if kind == ".png" and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            f"{path} cannot be drawn: matplotlib is not installed.",
+            why="It draws .png; .svg needs nothing.",
+            fix=f'python -m pip install "matplotlib>=3.8,<4", or write {path.with_suffix(".svg")}.',
+        )
+    try:
+        write_atomically(
+            path, draw_plan(plan, title=title) if kind == ".svg" else draw_png(plan, title=title)
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written.",
+            why=f"{error.strerror or error}.",
+            fix="Name a file in a folder that you may write to.",
+        ) from None
+
+
+def draw_png(plan: Plan, *, title: str = "") -> bytes:
+    """The same picture as `draw_plan`, as PNG; needs matplotlib."""
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(9.5, 3.2), dpi=160)
+    axes: Any = figure.subplots()
+    for part in _parts(plan):
+        axes.barh(
+            0,
+            part.size_bytes / GIB,
+            left=part.start_bytes / GIB,
+            color=part.colour,
+            edgecolor="#ffffff",
+            label=f"{_words(part.name)}  {format_bytes(part.size_bytes)}",
+        )
+    axes.axvline(plan.budget_bytes / GIB, color="#c00000", label="budget")
+    axes.set_xlim(0, 1.02 * max(plan.peak_bytes, plan.budget_bytes) / GIB)
+    axes.set_yticks([])
+    axes.set_xlabel("GiB")
+    axes.set_title(_head(plan, title), loc="left", fontsize=11)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, fontsize=9, frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", bbox_inches="tight")
+    return content.getvalue()
+
+
+def _head(plan: Plan, title: str) -> str:
+    verdict = "fits" if plan.fits else "does not fit"
+    sizes = f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}"
+    return f"{title + ': ' if title else ''}{sizes}, {verdict}"
+
+
 def draw_plan(plan: Plan, *, title: str = "") -> str:
     """The plan's memory as a stacked bar, with a line where the budget ends.
 
@@ -52,11 +125,7 @@ def draw_plan(plan: Plan, *, title: str = "") -> str:
     rows = -(-len(parts) // 2)
     height = legend_top + rows * _LINE_HEIGHT + 10
     budget_x = _LEFT + _BAR_WIDTH * plan.budget_bytes / whole
-    verdict = "fits" if plan.fits else "does not fit"
-    head = (
-        f"{title + ': ' if title else ''}{format_bytes(plan.peak_bytes)} of "
-        f"{format_bytes(plan.budget_bytes)}, {verdict}"
-    )
+    head = _head(plan, title)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
         f'viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(head, quote=True)}">',

@@ -12,7 +12,7 @@ from eightgig.memory import estimate, host_estimate
 from eightgig.memory.advice import advise
 from eightgig.memory.problem import Problem, Solution, read_problem, solve
 from eightgig.memory.reasons import explain
-from eightgig.memory.speed import SPEED_RANGE
+from eightgig.memory.speed import speed_range
 from eightgig.memory.workload import RowLengths as RowLengths
 from eightgig.memory.workload import measure_rows as measure_rows
 from eightgig.models.spec import DecoderSpec, ModelSpec
@@ -179,7 +179,7 @@ def _speed(problem: Problem, solution: Solution) -> _Speed:
     if rates is None:
         return _Speed()
     time = solution.best.time
-    low, high = SPEED_RANGE[rates.is_measured]
+    low, high = speed_range(time, rates)
     middle = time.tokens_per_second
     run = None if problem.num_steps is None else problem.num_steps * time.seconds
     return _Speed(

@@ -118,6 +118,12 @@ def read_problem(
         wanted = rows.longest_tokens
     else:
         wanted = min(DEFAULT_ROW_TOKENS, decoder.max_positions)
+    if config.data.max_length != AUTO and wanted > decoder.max_positions:
+        raise ConfigError(
+            f"data.max_length is {wanted:,}; the model has {decoder.max_positions:,} positions.",
+            why="What comes after the last position it never saw in training.",
+            fix=f"Set data.max_length: {decoder.max_positions} or less, or auto.",
+        )
     _check_memory_settings(config, wanted)
     return Problem(
         spec=spec,
@@ -210,8 +216,11 @@ def _fits_length(problem: Problem, max_length: int) -> bool:
 
 
 def disk_bytes(problem: Problem, work: Workload) -> int:
-    """Free disk that preparing and training need."""
-    has_tables = isinstance(problem.spec, ModelSpec) and bool(problem.spec.tensors)
+    """Free disk that preparing and training need, beside the checkpoint.
+
+    Tables stay in the checkpoint's files unless these are deleted once they are prepared.
+    """
+    has_tables = not problem.config.model.delete_download
     return host_estimate.disk_bytes(
         work,
         is_prepared=problem.is_prepared,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from eightgig.config import AUTO, Choice
 from eightgig.memory import estimate, host_estimate
@@ -13,6 +12,15 @@ from eightgig.memory.workload import Workload
 from eightgig.units import format_bytes
 
 _SET = "set in the config"
+# What a candidate decides; slots and the head's tile follow.
+_DECISIONS = (
+    "micro_batch_tokens",
+    "micro_batches_per_visit",
+    "mlp_tile_tokens",
+    "checkpoints",
+    "offload",
+)
+_SAME_RATIO = 0.01
 
 
 def explain(problem: Problem, solution: Solution) -> tuple[Choice, ...]:
@@ -66,7 +74,7 @@ def _micro_batch_tokens(problem: Problem, solution: Solution) -> Choice:
         name="micro_batch_tokens",
         value=f"{tokens}",
         reason=reason,
-        rejected=_best_other(solution, lambda c: c.layout.micro_batch_tokens),
+        rejected=_best_other(solution, "micro_batch_tokens"),
     )
 
 
@@ -74,6 +82,8 @@ def _micro_batches_per_visit(problem: Problem, solution: Solution) -> Choice:
     count = solution.best.layout.micro_batches_per_visit
     if problem.config.memory.micro_batches_per_visit != AUTO:
         reason = _SET
+    elif not solution.work.has_device:
+        reason = "weights lie where they are used: a visit costs nothing"
     elif count == 1:
         reason = "one micro-batch keeps the device busy while the next layer is copied"
     else:
@@ -82,7 +92,7 @@ def _micro_batches_per_visit(problem: Problem, solution: Solution) -> Choice:
         name="micro_batches_per_visit",
         value=f"{count}",
         reason=reason,
-        rejected=_best_other(solution, lambda c: c.layout.micro_batches_per_visit),
+        rejected=_best_other(solution, "micro_batches_per_visit"),
     )
 
 
@@ -99,11 +109,14 @@ def _layer_slots(problem: Problem, solution: Solution) -> Choice:
         reason = f"as many as are worth it; {share:.0%} of a step still waits for copies"
     else:
         reason = "copies hide behind the computation"
+    if 0 < slots - estimate.RING_SLOTS < everything - estimate.RING_SLOTS:
+        stay = min(work.num_layers, slots - estimate.RING_SLOTS)
+        reason = f"{reason}; {stay} of {work.num_layers} layers stay"
     more = everything - slots
     rejected = ""
     if more > 0:
         rejected = f"{everything} (all resident): {format_bytes(more * estimate.slot_bytes(work))}"
-        rejected += " more, and no faster" if reason.startswith("copies hide") else " more"
+        rejected += " more, no faster" if reason.startswith("copies hide") else " more"
     return Choice(
         name="layer_slots", value=f"{slots}", reason=f"{reason} ({slot} each)", rejected=rejected
     )
@@ -115,7 +128,7 @@ def _mlp_tile_tokens(problem: Problem, solution: Solution) -> Choice:
         name="mlp_tile_tokens",
         value=f"{solution.best.layout.mlp_tile_tokens}",
         reason=_SET if is_set else "the MLP's intermediate exists for one tile at a time",
-        rejected=_best_other(solution, lambda c: c.layout.mlp_tile_tokens),
+        rejected=_best_other(solution, "mlp_tile_tokens"),
     )
 
 
@@ -146,7 +159,7 @@ def _checkpoints(problem: Problem, solution: Solution) -> Choice:
         name="checkpoints",
         value=best.layout.checkpoints,
         reason=reason,
-        rejected=_best_other(solution, lambda c: c.layout.checkpoints),
+        rejected=_best_other(solution, "checkpoints"),
     )
 
 
@@ -157,6 +170,8 @@ def _offload(problem: Problem, solution: Solution) -> Choice:
     elif chosen:
         size = format_bytes(estimate.offload_bytes(solution.work, solution.best.layout))
         reason = f"{size} wait in pinned memory instead of being recomputed; the link has time"
+    elif not solution.work.has_device:
+        reason = "outputs would wait in the same memory: they are recomputed"
     elif solution.best.layout.checkpoints == "device":
         reason = "outputs would wait where layer inputs do: on the device, at its memory's cost"
     else:
@@ -165,7 +180,7 @@ def _offload(problem: Problem, solution: Solution) -> Choice:
         name="offload",
         value=", ".join(chosen) or "none",
         reason=reason,
-        rejected=_best_other(solution, lambda c: ", ".join(c.layout.offload) or "none"),
+        rejected=_best_other(solution, "offload"),
     )
 
 
@@ -218,7 +233,9 @@ def _host_weights(problem: Problem, solution: Solution) -> Choice | None:
         waiting = best.time.waiting_seconds
         cost = f"{waiting:.0f} s of each step" if waiting >= 1 else "hidden by the computation"
         reason = f"{format_bytes(size)} do not fit in main memory; reading them from disk: {cost}"
-    rejected = "mapped: slower copies" if place == "pinned" else f"pinned: {format_bytes(pinned)}"
+    rejected = f"pinned: needs {format_bytes(pinned)} of main memory"
+    if place == "pinned":
+        rejected = "mapped: slower copies"
     return Choice(name="host_weights", value=place, reason=reason, rejected=rejected)
 
 
@@ -234,7 +251,12 @@ def _tables(solution: Solution) -> Choice:
 
 
 def _kernels(problem: Problem, solution: Solution) -> Choice:
-    kernels, hardware = solution.best.layout.kernels, problem.hardware
+    best, hardware = solution.best, problem.hardware
+    kernels, rejected = best.layout.kernels, ""
+    if kernels == "triton":
+        plain = dataclasses.replace(best.layout, kernels="plain")
+        more = sum(estimate.device_bytes(solution.work, plain).values()) - best.peak_bytes
+        rejected = f"plain: slower, {format_bytes(more)} more"
     if problem.config.memory.kernels != AUTO:
         reason = _SET
     elif kernels == "triton":
@@ -245,7 +267,7 @@ def _kernels(problem: Problem, solution: Solution) -> Choice:
         reason = "Triton is not installed: more memory and slower (`eightgig doctor`)"
     else:
         reason = "the card is older than compute capability 7.5"
-    return Choice(name="kernels", value=kernels, reason=reason)
+    return Choice(name="kernels", value=kernels, reason=reason, rejected=rejected)
 
 
 def _compute_dtype(problem: Problem, work: Workload) -> Choice:
@@ -260,22 +282,40 @@ def _compute_dtype(problem: Problem, work: Workload) -> Choice:
     )
 
 
-def _best_other(solution: Solution, value_of: Callable[[Candidate], object]) -> str:
-    """The best candidate that differs from the chosen one in `value_of`, and why it lost."""
+def _best_other(solution: Solution, name: str) -> str:
+    """The best candidate with another `name`, as like the chosen one as can be, and why it lost."""
     best = solution.best
-    others = [c for c in solution.candidates if value_of(c) != value_of(best)]
+    chosen = getattr(best.layout, name)
+    others = [c for c in solution.candidates if getattr(c.layout, name) != chosen]
     if not others:
         return ""
-    other = min(others, key=lambda c: (not c.fits, c.time.seconds, c.peak_bytes))
-    name = f"{value_of(other)}"
+
+    def differences(other: Candidate) -> int:
+        pairs = ((getattr(other.layout, each), getattr(best.layout, each)) for each in _DECISIONS)
+        return sum(theirs != ours for theirs, ours in pairs)
+
+    other = min(others, key=lambda c: (not c.fits, differences(c), c.time.seconds, c.peak_bytes))
+    value = getattr(other.layout, name)
+    shown = ", ".join(value) or "none" if isinstance(value, tuple) else f"{value}"
     if not other.fits_device:
-        return f"{name}: needs {format_bytes(other.peak_bytes)}"
+        return f"{shown}: needs {format_bytes(other.peak_bytes)}"
     if not other.fits_host:
-        return f"{name}: needs {format_bytes(other.host_bytes)} of main memory"
+        return f"{shown}: needs {format_bytes(other.host_bytes)} of main memory"
+    return f"{shown}: {_compared(other, best)}"
+
+
+def _compared(other: Candidate, best: Candidate) -> str:
     slower = other.time.seconds / best.time.seconds - 1
-    if slower > 0.01:
-        return f"{name}: {slower:.0%} slower"
-    more = other.peak_bytes - best.peak_bytes
-    if more > 0:
-        return f"{name}: no faster and {format_bytes(more)} more"
-    return f"{name}: much the same"
+    if slower > _SAME_RATIO:
+        speed = f"{slower:.0%} slower"
+    elif slower < -_SAME_RATIO:
+        speed = f"only {-slower:.0%} faster"
+    else:
+        speed = "no faster"
+    more, more_host = other.peak_bytes - best.peak_bytes, other.host_bytes - best.host_bytes
+    if more:
+        return f"{speed}, {format_bytes(abs(more))} {'more' if more > 0 else 'less'}"
+    if more_host:
+        words = "more" if more_host > 0 else "less"
+        return f"{speed}, {format_bytes(abs(more_host))} {words} main memory"
+    return speed if slower > _SAME_RATIO else "much the same"

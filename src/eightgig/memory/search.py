@@ -177,7 +177,7 @@ class Search:
                 checkpoints=place,
                 kernels=choose_kernels(self.hardware, memory),
                 offload=offload,
-                is_hopper=self.hardware.compute_capability == (9, 0),
+                is_hopper=is_hopper(self.hardware.compute_capability),
             )
             for tokens in self._micro_batch_options()
             for per_visit, tile, place in itertools.product(
@@ -309,6 +309,11 @@ def choose_kernels(hardware: Hardware, memory: MemoryConfig) -> Literal["triton"
     capability = hardware.compute_capability
     can = hardware.has_triton and capability is not None and capability >= (7, 5)
     return "triton" if can else "plain"
+
+
+def is_hopper(compute_capability: tuple[int, int] | None) -> bool:
+    """Whether a card is of the H100's kind, whose libraries take and reach other sizes."""
+    return compute_capability == (9, 0)
 
 
 def _cost(candidate: Candidate) -> tuple[int, int, float]:

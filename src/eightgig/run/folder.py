@@ -16,7 +16,7 @@ from eightgig.config import Config, is_safe_name, write_config
 from eightgig.errors import RunError
 from eightgig.run.files import write_atomically
 
-EventKind = Literal["eval", "guard", "oom", "save", "plan", "trial", "resume", "stop"]
+EventKind = Literal["eval", "guard", "oom", "save", "plan", "trial", "resume", "stop", "pause"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -78,6 +78,7 @@ class TrainingState:
         rung: Rungs of the out-of-memory ladder taken, 0 for none.
         guards: State of the guards by name.
         is_finished: No step is left.
+        evaluated_step: Step of the newest evaluation, 0 before the first.
     """
 
     step: int
@@ -89,6 +90,7 @@ class TrainingState:
     rung: int
     guards: Mapping[str, Any]
     is_finished: bool
+    evaluated_step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

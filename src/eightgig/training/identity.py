@@ -23,6 +23,9 @@ _FREE_SETTINGS = ("memory.", "run.", "train.trial", "model.cache_dir", "model.de
 _JUDGED_BY_CONTENT = ("model.name", "model.revision", "data.path", "data.held_out_path")
 # Free, too, but the rest of the run then equals the first part only up to rounding.
 _ROUNDING_SETTINGS = ("memory.device", "memory.kernels")
+VERSION_CODE = "resume.version"
+"""Code of the finding that a library is of another version."""
+
 _ABSENT = object()
 
 
@@ -115,10 +118,11 @@ def explain_differences(saved: RunIdentity, current: RunIdentity) -> list[Findin
         if before != now:
             findings.append(
                 _difference(
-                    "resume.version",
+                    VERSION_CODE,
                     f"{name}: {before} -> {now}",
                     why="Another version may compute other numbers or order rows otherwise.",
-                    fix=f"Install {name} {before} again, or start a new run.",
+                    fix=f"Install {name} {before} again, start a new run, or add "
+                    "--allow-changed-versions: the rest is then not bit for bit the same run.",
                 )
             )
     return findings

@@ -12,19 +12,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from eightgig.config import AUTO, Config
 from eightgig.data.batches import Dataset
 from eightgig.engine.assemble import Engine
 from eightgig.errors import DoesNotFitError
-from eightgig.evaluation.loss import HeldOutLoss, measure_loss
+from eightgig.evaluation.loss import HeldOutLoss
 from eightgig.memory.calibration import compare_with_plan
-from eightgig.memory.ladder import next_rung
 from eightgig.memory.plan import Plan
 from eightgig.models.spec import ModelSpec
 from eightgig.quant.store import Store
-from eightgig.run import Event, EventKind, Run, to_json, write_json
+from eightgig.run import Event, EventKind, Run, to_json
 from eightgig.training.checkpoint import Checkpoint, read_checkpoint
 from eightgig.training.guards import (
     HeldOut,
@@ -35,21 +32,16 @@ from eightgig.training.guards import (
     judge_step,
     wants_layers,
 )
-from eightgig.training.memory import OutOfMemory, attempt
+from eightgig.training.heat import HeatGuard
 from eightgig.training.monitor import Monitor
 from eightgig.training.resume import Start
 from eightgig.training.rotation import step_name
-from eightgig.training.save import SaveFailure, save_checkpoint
+from eightgig.training.save import SavedCheckpoint, SaveFailure, save_checkpoint
 from eightgig.training.schedule import learning_rate, warmup_steps
-from eightgig.training.signals import StopRequest, catch_stop_signals
-from eightgig.training.step import (
-    PreparedStep,
-    StepReport,
-    linear_norms,
-    make_schedule,
-    prepare_step,
-    run_step,
-)
+from eightgig.training.signals import Interrupted, StopRequest, catch_stop_signals
+from eightgig.training.step import StepReport, clip_scale, linear_norms
+from eightgig.training.trial import remove_trial, reserved_peak_bytes, run_trial
+from eightgig.training.worker import Worker
 
 Observe = Callable[[object], None]
 _EVALUATIONS_PER_RUN = 10
@@ -92,8 +84,10 @@ def train(job: Job, observe: Observe) -> Iterator[StepReport]:
         observe: Called with an `Event` or `Finding` whenever something else than a step happens.
 
     Raises:
-        TrainingStopped: A guard stopped the run, after saving it.
+        TrainingStopped: A guard stopped the run, after saving it; or the trial found it wanting.
         KeyboardInterrupt: A signal stopped the run, after saving it.
+        ConfigError: `run.pause_above_celsius` is set, and no temperature can be read.
+        DoesNotFitError: Memory ran out, with everything given up that can be.
         RunError: The last checkpoint could not be written.
     """
     with (
@@ -102,47 +96,60 @@ def train(job: Job, observe: Observe) -> Iterator[StepReport]:
         ) as monitor,
         catch_stop_signals() as stop,
     ):
-        session = _Session(job, observe, monitor)
-        session.begin()
-        for step in session.remaining_steps():
-            report = session.take(step)
-            yield report
-            session.judge(report)
-            if session.is_evaluation_due(step):
-                session.evaluate(step)
-            session.save_if_due(step, stop)
-            if session.is_over(stop):
-                break
-        session.finish(stop)
+        session = _Session(job, observe, monitor, stop)
+        try:
+            session.begin()
+            for step in session.remaining_steps():
+                report = session.take(step)
+                yield report
+                session.judge(report)
+                if session.is_evaluation_due(step):
+                    session.evaluate(step)
+                session.save_if_due(step)
+                if session.is_over():
+                    break
+        except Interrupted:
+            session.leave()
+        session.finish()
         session.close()
 
 
 class _Session:
     """The state of a running training."""
 
-    def __init__(self, job: Job, observe: Observe, monitor: Monitor) -> None:
+    def __init__(self, job: Job, observe: Observe, monitor: Monitor, stop: StopRequest) -> None:
         self._job = job
         self._observe = observe
         self._monitor = monitor
+        self._stop = stop
         self._state = job.start.state
-        self._engine, self._plan = job.engine, job.plan
-        self._schedule = make_schedule(job.config, job.rows, job.plan.micro_batch_tokens)
-        self._next: PreparedStep | None = None
+        self._heat = HeatGuard(
+            job.config.run.pause_above_celsius,
+            stop,
+            lambda kind, values: self._say(self._state.step, kind, values),
+        )
+        self._phase = "train"
+        self._worker = Worker(job, say=self._say, between=self._between)
+        self._schedule = self._worker.schedule
         self._stopping: Judgement | None = None
         self._saved_step = job.start.state.step
         self._saved_at = time.monotonic()
-        self._evaluated_step = -1
-        self._has_ended_early = False
+        self._has_ended_early = self._has_left = False
         self._speeds: list[float] = []
 
     def begin(self) -> None:
-        """Measure the untouched model, or say where the run goes on."""
-        if self._state.step == 0:
+        """Try what is to come and measure the untouched model, or say where the run goes on."""
+        step = self._state.step
+        remove_trial(self._job.run)
+        if step == 0:
             if self._wants_trial():
-                self._try_longest_rows()
+                self._try()
             self.evaluate(0)
-        else:
-            self._say(self._state.step, "resume", {"rows_seen": self._state.rows_seen})
+            return
+        self._say(step, "resume", {"rows_seen": self._state.rows_seen})
+        # The evaluation of this step was interrupted, and its result counts.
+        if not self._state.is_finished and self.is_evaluation_due(step):
+            self.evaluate(step)
 
     def remaining_steps(self) -> range:
         """The steps still to do, 1-based."""
@@ -151,31 +158,34 @@ class _Session:
         return range(self._state.step + 1, self._schedule.total_steps + 1)
 
     def take(self, step: int) -> StepReport:
-        """Do one optimizer step."""
+        """Do one optimizer step.
+
+        Raises:
+            Interrupted: Somebody asked for a stop; the step has not been done.
+        """
         start_seconds = time.perf_counter()
-        job, train = self._job, self._job.config.train
-        prepared = self._prepared(step)
-        self._next = None
-        # The next step's rows are gathered while this one computes.
-        if step < self._schedule.total_steps:
-            self._next = self._prepare(step + 1)
+        paused_seconds = self._heat.paused_seconds
+        train, worker = self._job.config.train, self._worker
+        self._phase = "train"
+        result = worker.step_gradients(step)
+        loss, norm = result.loss, result.grad_norm
         rate = learning_rate(step, self._schedule.total_steps, train)
-        loss, norm = self._run(prepared, again=self._prepare)
         judgement = judge_gradient(self._state.guards, step=step, loss=loss, grad_norm=norm)
         if judgement.action is None and wants_layers(judgement.memory):
-            norms = linear_norms(self._engine)
+            norms = linear_norms(worker.engine)
             judgement = judge_layers(judgement.memory, step=step, norms=norms)
         if judgement.action is None:
-            scale = min(1.0, train.max_grad_norm / (norm + 1e-6)) if train.max_grad_norm else 1.0
-            job.start.optimizer.start_step(rate, scale)
-            self._engine.model.ring.invalidate_changing()
+            worker.move(step, rate, clip_scale(norm, train.max_grad_norm))
         self._hear(judgement, step)
         seconds = time.perf_counter() - start_seconds
+        # A pause says nothing about speed.
+        seconds = max(seconds - (self._heat.paused_seconds - paused_seconds), 1e-9)
         self._state = replace(
             self._state,
             step=step,
             rows_seen=self._schedule.rows_after(step),
             seconds=self._state.seconds + seconds,
+            rung=worker.num_rungs,
         )
         return StepReport(
             step=step,
@@ -183,86 +193,46 @@ class _Session:
             loss=loss,
             grad_norm=norm,
             learning_rate=rate,
-            loss_tokens=prepared.loss_tokens,
-            tokens=prepared.tokens,
-            tokens_per_second=prepared.tokens / seconds,
-            vram_peak_bytes=_reserved_peak_bytes(self._plan),
+            loss_tokens=result.loss_tokens,
+            tokens=result.tokens,
+            tokens_per_second=result.tokens / seconds,
+            vram_peak_bytes=reserved_peak_bytes(worker.plan.device),
             seconds=seconds,
         )
 
-    def _run(
-        self, prepared: PreparedStep, *, again: Callable[[int], PreparedStep]
-    ) -> tuple[float, float]:
-        """Loss and gradient norm of a step; out of memory, the same step a rung further down.
-
-        Nothing but gradients has changed when memory runs out, and they start from zero again.
-
-        Args:
-            prepared: The step.
-            again: Prepares the step of a number anew, as the layout is then.
-        """
-        while True:
-            result = attempt(partial(run_step, self._engine, prepared))
-            if not isinstance(result, OutOfMemory):
-                return result
-            self._step_down(prepared.step, result)
-            prepared = again(prepared.step)
-
-    def _step_down(self, step: int, trouble: OutOfMemory) -> None:
-        """Lay the engine out anew with less memory.
-
-        Raises:
-            DoesNotFitError: There is nothing left to give up.
-        """
-        job, lower = self._job, next_rung(self._plan)
-        if lower is None:
-            raise DoesNotFitError(
-                f"Memory ran out in step {step}, with everything given up that can be.",
-                why=trouble.message,
-                fix=f"Set data.max_length below {self._plan.max_length:,}, close other programs, "
-                "or choose a smaller model; then run the same command with --resume.",
-            )
-        self._plan, choice = lower
-        self._next = None
-        job.start.optimizer.finish()
-        self._engine.close()
-        self._engine = self._engine.replanned(job.store, self._plan)
-        self._schedule = make_schedule(job.config, job.rows, self._plan.micro_batch_tokens)
-        self._state = replace(self._state, rung=self._state.rung + 1)
-        write_json(job.run.plan_path, self._plan)
-        values = {"cause": trouble.message, choice.name: choice.value, "before": choice.rejected}
-        self._say(step, "oom", values)
+    def _between(self) -> None:
+        """Between visits of micro-batches: a stop is obeyed, a hot GPU waited for."""
+        self._monitor.beat(self._state.step, self._phase)
+        self._heat.wait(partial(self._monitor.beat, self._state.step))
+        self._stop.check()
 
     def _wants_trial(self) -> bool:
         setting = self._job.config.train.trial
         if setting == AUTO:
-            return (self._plan.run_seconds or 0.0) > _TRIAL_RUN_SECONDS
+            return (self._worker.plan.run_seconds or 0.0) > _TRIAL_RUN_SECONDS
         return setting
 
-    def _try_longest_rows(self) -> None:
-        """Forward and backward of the longest rows that a step could have, and nothing moves.
+    def _try(self) -> None:
+        """Run the trial and say what it saw."""
+        self._phase = "trial"
+        total = self._schedule.total_steps
+        count = 1 + sum(self.is_evaluation_due(step) for step in range(1, total + 1))
+        result, findings = run_trial(self._job, self._worker, num_evaluations=count)
+        for finding in findings:
+            self._observe(finding)
+        self._say(0, "trial", to_json(result))
 
-        What would end a run for want of memory in the night is met, and given way to, now.
-        """
-        start_seconds = time.perf_counter()
-        prepared = self._prepare_longest(0)
-        loss, norm = self._run(prepared, again=self._prepare_longest)
-        seconds = time.perf_counter() - start_seconds
-        values = {"loss": loss, "grad_norm": norm, "tokens": prepared.tokens, "seconds": seconds}
-        peak_bytes = _reserved_peak_bytes(self._plan)
-        self._say(0, "trial", {**values, "vram_peak_bytes": peak_bytes})
-
-    def _prepare_longest(self, step: int) -> PreparedStep:
-        return prepare_step(self._engine, self._schedule.longest(), step=step, seed=None)
+    def leave(self) -> None:
+        """What was under way is left as if it had not begun; it is not the end of the run."""
+        self._has_left = True
 
     def close(self) -> None:
         """Give the device's memory back."""
-        self._engine.close()
+        self._worker.close()
 
     def judge(self, report: StepReport) -> None:
         """Write a step down and let the guards look at it."""
         self._monitor.report(report)
-        self._monitor.beat(report.step, "train")
         train = self._job.config.train
         judgement = judge_step(
             self._state.guards,
@@ -275,7 +245,7 @@ class _Session:
         if len(self._speeds) == _COMPARED_STEPS:
             # The first step pays for compiling kernels and filling buffers.
             correction = compare_with_plan(
-                self._plan,
+                self._worker.plan,
                 peak_bytes=report.vram_peak_bytes,
                 tokens_per_second=self._speeds[1:],
             )
@@ -291,11 +261,10 @@ class _Session:
     def evaluate(self, step: int) -> None:
         """Measure the held-out loss, where there are held-out rows."""
         job = self._job
-        if job.held_out is None or self._evaluated_step == step:
+        if job.held_out is None or (step > 0 and self._state.evaluated_step == step):
             return
-        job.start.optimizer.finish()
-        measured = self._measure(job.held_out, step)
-        self._evaluated_step = step
+        self._phase = "eval"
+        measured = self._worker.loss(step, job.held_out)
         self._say(step, "eval", _evaluation_values(measured))
         if step == 0:
             return
@@ -314,20 +283,13 @@ class _Session:
             best_held_out_loss=progress.best_loss,
             best_step=progress.best_step,
             evaluations_without_gain=progress.evaluations_without_gain,
+            evaluated_step=step,
         )
         self._hear(Judgement(memory=self._state.guards, alarms=alarms), step)
         if progress.best_step == step and job.config.train.early_stopping_patience:
             self._save(step)
 
-    def _measure(self, rows: Dataset, step: int) -> HeldOutLoss:
-        while True:
-            packing = self._job.config.data.packing
-            result = attempt(partial(measure_loss, self._engine.model, rows, self._plan, packing))
-            if not isinstance(result, OutOfMemory):
-                return result
-            self._step_down(step, result)
-
-    def save_if_due(self, step: int, stop: StopRequest) -> None:
+    def save_if_due(self, step: int) -> None:
         """Save by steps, minutes and epoch, and when the run is about to stop."""
         run = self._job.config.run
         minutes = (time.monotonic() - self._saved_at) / 60
@@ -335,7 +297,7 @@ class _Session:
             (run.save_steps > 0 and step % run.save_steps == 0)
             or (run.save_minutes > 0 and minutes >= run.save_minutes)
             or (run.save_epochs and self._schedule.is_epoch_end(step))
-            or stop.is_requested
+            or self._stop.is_requested
             or self._stopping is not None
         )
         # The last step is saved by `finish`, a new best evaluation by `evaluate`.
@@ -343,28 +305,35 @@ class _Session:
         if is_due and is_open:
             self._save(step)
 
-    def is_over(self, stop: StopRequest) -> bool:
+    def is_over(self) -> bool:
         """Whether someone or a guard ends the run before its last step."""
-        return stop.is_requested or self._stopping is not None or self._has_ended_early
+        return self._stop.is_requested or self._stopping is not None or self._has_ended_early
 
-    def finish(self, stop: StopRequest) -> None:
+    def finish(self) -> None:
         """Save the end of the run, or say why it stopped before."""
-        self._job.start.optimizer.finish()
+        step = self._state.step
+        self._worker.finish(step)
         if self._stopping is not None:
-            if self._saved_step != self._state.step:
-                self._save(self._state.step)
+            self._save_open(step)
             raise self._stopping.alarms[0].error
         if self._state.is_finished:
             self._take_best()
             return
-        if self._state.step < self._schedule.total_steps and not self._has_ended_early:
-            self._say(self._state.step, "stop", {"signal": stop.signal_name})
+        is_last = step == self._schedule.total_steps or self._has_ended_early
+        if self._has_left or not is_last:
+            self._save_open(step)
+            self._say(step, "stop", {"signal": self._stop.signal_name})
             raise KeyboardInterrupt
         self._state = replace(self._state, is_finished=True)
-        failure = self._save(self._state.step)
+        failure = self._save(step)
         if failure is not None:
             raise failure.error
         self._take_best()
+
+    def _save_open(self, step: int) -> None:
+        """Save what is done and not saved."""
+        if self._saved_step != step:
+            self._save(step)
 
     def _take_best(self) -> None:
         """With early stopping, deliver the adapter of the best evaluation."""
@@ -376,32 +345,15 @@ class _Session:
         job.engine.adapter.load(read_checkpoint(path).adapter)
         self._say(self._state.step, "stop", {"delivered_step": best_step})
 
-    def _prepared(self, step: int) -> PreparedStep:
-        if self._next is not None and self._next.step == step:
-            return self._next
-        return self._prepare(step)
-
-    def _prepare(self, step: int) -> PreparedStep:
-        has_dropout = self._job.config.lora.lora_dropout > 0
-        return prepare_step(
-            self._engine,
-            self._schedule.batches(step),
-            step=step,
-            seed=self._schedule.seed if has_dropout else None,
-        )
-
     def _save(self, step: int) -> SaveFailure | None:
         job = self._job
-        assert job.engine.adapter is not None
-        job.start.optimizer.finish()
+        self._worker.finish(step)
         self._monitor.sync()
-        checkpoint = Checkpoint(
-            adapter=dict(job.engine.adapter.named_tensors()),
-            optimizer=job.start.optimizer.state_tensors(),
-            state=self._state,
-            identity=job.start.identity,
-        )
-        result = save_checkpoint(job.run, checkpoint, keep=job.config.run.save_total_limit)
+        try:
+            result = self._worker.attempt(step, self._write_checkpoint)
+        except DoesNotFitError as error:
+            # A save that fails ends no training.
+            result = SaveFailure.of_memory(job.run, step, error.why)
         self._saved_at = time.monotonic()
         if isinstance(result, SaveFailure):
             self._observe(result.finding)
@@ -413,6 +365,17 @@ class _Session:
         values = {"path": result.path.name, "seconds": result.seconds}
         self._say(step, "save", {**values, "size_bytes": result.size_bytes})
         return None
+
+    def _write_checkpoint(self) -> SavedCheckpoint | SaveFailure:
+        job = self._job
+        assert job.engine.adapter is not None
+        checkpoint = Checkpoint(
+            adapter=dict(job.engine.adapter.named_tensors()),
+            optimizer=job.start.optimizer.state_tensors(),
+            state=replace(self._state, rung=self._worker.num_rungs),
+            identity=job.start.identity,
+        )
+        return save_checkpoint(job.run, checkpoint, keep=job.config.run.save_total_limit)
 
     def _hear(self, judgement: Judgement, step: int) -> None:
         """Remember what guards remember, say their alarms, obey them."""
@@ -438,7 +401,3 @@ def _evaluation_values(measured: HeldOutLoss) -> dict[str, Any]:
         "loss_tokens": measured.loss_tokens,
         "seconds": measured.seconds,
     }
-
-
-def _reserved_peak_bytes(plan: Plan) -> int:
-    return torch.cuda.max_memory_reserved() if plan.device == "cuda" else 0

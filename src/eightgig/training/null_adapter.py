@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from eightgig.data.batches import IGNORE_INDEX, Dataset, random_order
-from eightgig.engine.assemble import assemble
 from eightgig.errors import DataError
 from eightgig.evaluation.questions import read_questions
 from eightgig.evaluation.tuned_run import open_run, plan_rows
@@ -23,6 +22,7 @@ from eightgig.quant.fetch import checkpoint_of
 from eightgig.quant.store import open_store
 from eightgig.run import Run, create_run, log_to
 from eightgig.training.deliver import deliver_adapter
+from eightgig.training.load import load_engine
 from eightgig.training.lock import lock_run
 from eightgig.training.loop import Job, train
 from eightgig.training.resume import begin
@@ -60,6 +60,8 @@ def train_null_adapter(
     tuned = open_run(folder, observe, overrides=overrides)
     config = replace(
         tuned.config,
+        # What shuffled answers do to a loss is no trial of anything.
+        train=replace(tuned.config.train, trial=False),
         run=replace(tuned.config.run, name=NULL_NAME, output_dir=str(tuned.run.folder)),
     )
     rows, held_out, plan = plan_rows(
@@ -72,9 +74,9 @@ def train_null_adapter(
         store = open_store(
             spec, checkpoint_of(tuned.base), config.model, device=plan.device, progress=observe
         )
-        engine = assemble(spec, store, plan, config.lora, seed=config.train.seed)
-        start = begin(run, config, engine, (spec, store), rows, observe)
-        job = Job(run, config, spec, plan, rows, held_out, store, engine, start)
+        loaded = load_engine(run, config, (spec, store), plan, observe)
+        start = begin(run, config, loaded, (spec, store), rows, observe)
+        job = Job(run, config, spec, loaded.plan, rows, held_out, store, loaded.engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tuned.tokenizer)
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eightgig.adapters.files import read_adapter
 from eightgig.adapters.lora import Adapter
-from eightgig.config import Config, LoraConfig
+from eightgig.config import Config, LoraConfig, write_config
 from eightgig.data.batches import Dataset
-from eightgig.engine.assemble import Engine
 from eightgig.errors import ModelError, RunError
 from eightgig.models.spec import ModelSpec
 from eightgig.quant.store import Store
-from eightgig.run import Run
+from eightgig.run import Run, write_atomically
 from eightgig.training.checkpoint import TrainingState, find_checkpoint, read_checkpoint
 from eightgig.training.guards import forget_speed
-from eightgig.training.identity import RunIdentity, explain_differences, identify_run
-from eightgig.training.optimizer import Optimizer, make_optimizer
+from eightgig.training.identity import (
+    VERSION_CODE,
+    RunIdentity,
+    explain_differences,
+    identify_run,
+)
+from eightgig.training.load import Loaded
+from eightgig.training.optimizer import Optimizer
 
 START = TrainingState(
     step=0,
@@ -33,27 +38,41 @@ START = TrainingState(
 )
 
 
-def begin(
+def begin(  # noqa: PLR0913 - a run goes on if none of these has changed
     run: Run,
     config: Config,
-    engine: Engine,
+    loaded: Loaded,
     source: tuple[ModelSpec, Store],
     rows: Dataset,
     observe: Callable[[object], None],
+    *,
+    allow_changed_versions: bool = False,
 ) -> Start:
     """Optimizer and state to train with; the adapter is loaded where there is one to go on from.
+
+    Args:
+        run: The run.
+        config: Its settings.
+        loaded: Model, adapter and optimizer.
+        source: The base model and its prepared weights.
+        rows: The training rows.
+        observe: Called with findings.
+        allow_changed_versions: Go on also where a library is of another version.
 
     Raises:
         ModelError: `lora.init_adapter` does not match.
         RunError: The run changed since its checkpoint.
     """
     spec, store = source
-    adapter, gradients = engine.adapter, engine.gradients
-    assert adapter is not None and gradients is not None
+    adapter, optimizer = loaded.engine.adapter, loaded.optimizer
+    assert adapter is not None
     start_adapter(adapter, config.lora, spec)
-    optimizer = make_optimizer(adapter, gradients, config.train)
     identity = identify_run(config, data_fingerprint=rows.fingerprint, model_key=store.manifest.key)
-    state = resume_run(run, identity, adapter, optimizer, observe)
+    accepted = {VERSION_CODE} if allow_changed_versions else set[str]()
+    state = resume_run(run, identity, adapter, optimizer, observe, accepted=accepted)
+    if state is START:
+        # Nothing had been done by whoever made the folder; perhaps with other settings.
+        write_atomically(run.config_path, write_config(config))
     return Start(optimizer=optimizer, identity=identity, state=state)
 
 
@@ -101,8 +120,17 @@ def resume_run(
     adapter: Adapter,
     optimizer: Optimizer,
     observe: Callable[[object], None],
+    *,
+    accepted: Collection[str] = (),
 ) -> TrainingState:
     """Load the newest intact checkpoint of `run`; `START` where there is none.
+
+    Args:
+        run: The run.
+        identity: What it is now.
+        adapter, optimizer: Take what the checkpoint holds.
+        observe: Called with findings.
+        accepted: Codes of differences that do not stand in the way.
 
     Raises:
         RunError: The settings, the data, the model or a library changed since then.
@@ -114,6 +142,10 @@ def resume_run(
         return START
     checkpoint = read_checkpoint(found.path)
     differences = explain_differences(checkpoint.identity, identity)
+    differences = [
+        replace(finding, severity="warning") if finding.code in accepted else finding
+        for finding in differences
+    ]
     errors = [finding for finding in differences if finding.severity == "error"]
     if errors:
         raise RunError(

@@ -83,6 +83,19 @@ class SaveFailure:
     path: Path
     fix: str
 
+    @classmethod
+    def of_memory(cls, run: Run, step: int, cause: str) -> SaveFailure:
+        """Memory, not the disk, ran out."""
+        return cls(
+            step=step,
+            cause=f"memory ran out ({cause})",
+            needed_bytes=0,
+            free_bytes=None,
+            missing_bytes=0,
+            path=run.checkpoints_path / step_name(step),
+            fix="Close other programs.",
+        )
+
     @property
     def message(self) -> str:
         """One sentence with the cause and the bytes missing."""

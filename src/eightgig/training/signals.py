@@ -14,6 +14,10 @@ from types import FrameType
 _ECHO_SECONDS = 0.1
 
 
+class Interrupted(Exception):
+    """Somebody asked the process to stop: what is under way is left as if it had not begun."""
+
+
 class StopRequest:
     """Whether somebody asked the process to stop; the loop looks between micro-batches."""
 
@@ -25,6 +29,15 @@ class StopRequest:
     def is_requested(self) -> bool:
         """Whether to save and stop."""
         return self.signal_name is not None
+
+    def check(self) -> None:
+        """Leave what is under way, where somebody asked for it.
+
+        Raises:
+            Interrupted: Somebody did.
+        """
+        if self.is_requested:
+            raise Interrupted
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler: remember the first signal, obey the second at once."""

@@ -97,10 +97,9 @@ class StepSchedule:
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         return self.pack(self.epoch_steps(epoch)[place])
 
-    def longest(self) -> tuple[Batch, ...]:
-        """The micro-batches of a step of the longest rows."""
-        order = np.argsort(-self.dataset.lengths, kind="stable")
-        return self.pack(order[: self.rows_per_step])
+    def longest_rows(self) -> NDArray[np.int64]:
+        """The longest rows, as many as a step has."""
+        return np.argsort(-self.dataset.lengths, kind="stable")[: self.rows_per_step]
 
     def pack(self, rows: NDArray[np.int64]) -> tuple[Batch, ...]:
         """The micro-batches of `rows`."""
@@ -161,19 +160,37 @@ def prepare_step(
     return PreparedStep(step=step, batches=tuple(batches), inputs=inputs)
 
 
-def run_step(engine: Engine, prepared: PreparedStep) -> tuple[float, float]:
+def run_step(
+    engine: Engine, prepared: PreparedStep, between: Callable[[], None] = lambda: None
+) -> tuple[float, float]:
     """Sum the gradients of a step's mean loss; that loss and the gradient's norm.
 
     Waits for the device, not for an optimizer that still moves the adapter from the step before:
     layers wait for it one by one.
+
+    Args:
+        engine: The model and its adapter.
+        prepared: The step.
+        between: Called before each visit of micro-batches; what it raises ends the step, and
+            nothing but gradients has changed.
     """
     assert engine.gradients is not None
     engine.gradients.begin_step()
     inputs = [future.result() for future in prepared.inputs]
     # A step without loss tokens has loss and gradient 0; the guards speak of it.
     loss_tokens = max(prepared.loss_tokens, 1)
-    losses = engine.model.gradients(inputs, loss_tokens, engine.gradients)
-    return float(losses.total) / loss_tokens, engine.gradients.norm()
+    size = engine.model.micro_batches_per_visit
+    losses = []
+    for start in range(0, len(inputs), size):
+        between()
+        visit = inputs[start : start + size]
+        losses.append(engine.model.gradients(visit, loss_tokens, engine.gradients).values)
+    return float(torch.cat(losses).sum()) / loss_tokens, engine.gradients.norm()
+
+
+def clip_scale(grad_norm: float, max_grad_norm: float) -> float:
+    """What a gradient is multiplied by, as in torch; 1 where nothing is clipped."""
+    return min(1.0, max_grad_norm / (grad_norm + 1e-6)) if max_grad_norm else 1.0
 
 
 def linear_norms(engine: Engine) -> dict[str, float]:

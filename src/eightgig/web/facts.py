@@ -80,7 +80,7 @@ class RunFacts:
         return tuple(
             event
             for event in self.events
-            if event.get("kind") in ("guard", "oom", "stop", "resume", "trial")
+            if event.get("kind") in ("guard", "oom", "stop", "resume", "trial", "pause")
             or "failed" in _mapping(event, "values")
         )
 

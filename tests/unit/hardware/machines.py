@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from eightgig.hardware.facts import BitsandbytesFacts, Facts, StepFacts, TorchFacts
+from eightgig.hardware.facts import (
+    BitsandbytesFacts,
+    Facts,
+    StepFacts,
+    TorchFacts,
+    TritonFacts,
+)
 from eightgig.hardware.nvml import Gpu, NvmlReading, read_nvml
 from eightgig.hardware.probe import Rates
 from eightgig.units import GIB
@@ -46,6 +52,7 @@ def gpu_machine(gpu: dict[str, Any] | None = None, **changes: Any) -> Facts:
             is_cuda_library=True,
         ),
         step=StepFacts(device="cuda", weight=0.092, forward=0.003, gradient=0.004, update=0.001),
+        triton=TritonFacts(version="3.6.0", is_right=True),
         versions={
             "torch": "2.12.1+cu130",
             "transformers": "5.23.0",
@@ -58,8 +65,11 @@ def gpu_machine(gpu: dict[str, Any] | None = None, **changes: Any) -> Facts:
         pin_limit_bytes=28 * GIB,
         pinned_bytes=2 * GIB,
         rates=RATES,
+        rates_error="",
         cache_dir="/home/someone/.cache/eightgig",
         disk_free_bytes=200 * GIB,
+        hub_dir="/home/someone/.cache/huggingface/hub",
+        hub_free_bytes=200 * GIB,
         has_hf_token=True,
     )
     return dataclasses.replace(facts, **changes)
@@ -73,6 +83,7 @@ def cpu_machine(**changes: Any) -> Facts:
         torch=TorchFacts(version="2.13.0+cpu"),
         bitsandbytes=BitsandbytesFacts(version="0.50.2", library="libbitsandbytes_cpu.so"),
         step=StepFacts(device="cpu", weight=0.092, forward=0.0, gradient=0.0, update=1e-4),
+        triton=None,
         pinned_bytes=None,
         rates=None,
     )

@@ -1,13 +1,23 @@
 """The questions that only a running torch answers, on the processor."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from eightgig.hardware import bench
-from eightgig.hardware.facts import BitsandbytesFacts, StepFacts, TorchFacts
+from eightgig.hardware.facts import (
+    BitsandbytesFacts,
+    StepFacts,
+    TorchFacts,
+    TritonFacts,
+)
 from eightgig.hardware.software_checks import check_step
 from eightgig.run import from_json
+from eightgig.units import GIB, MIB
 from tests.unit.hardware.machines import cpu_machine
 
 
@@ -54,3 +64,68 @@ def test_an_answer_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> No
     bench.main(["torch"])
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["version"]
+
+
+def test_a_kernel_is_compiled_and_right_under_the_interpreter() -> None:
+    code = "from eightgig.hardware.bench import main; main(['triton', 'cpu'])"
+    pytest.importorskip("triton", reason="Triton has no wheel for this system")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    triton = from_json(TritonFacts, json.loads(done.stdout))
+    assert triton.is_right
+    assert triton.version
+
+
+class _Pinning:
+    """Stands in for torch's pinned allocator: gives so much, and counts what it was given back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, allowed_bytes: int) -> None:
+        self.left_bytes = allowed_bytes
+        self.given_back = 0
+        monkeypatch.setattr(torch, "empty", self._empty)
+        monkeypatch.setattr(bench, "_host_cache_release", lambda: self._give_back)
+
+    def _empty(self, size: int, *, dtype: torch.dtype, pin_memory: bool) -> object:
+        assert pin_memory
+        assert dtype == torch.uint8
+        if size > self.left_bytes:
+            raise RuntimeError("CUDA error: out of memory")
+        self.left_bytes -= size
+        return object()
+
+    def _give_back(self) -> None:
+        self.given_back += 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "allowed", "limit"),
+    [
+        (28 * GIB, 64 * GIB, 28 * GIB),  # a gigabyte goes: the rule holds
+        (28 * GIB, 600 * MIB, 512 * MIB),  # less goes than the rule says
+        (512 * MIB, 3 * GIB, 3 * GIB),  # WSL, which allows more than it is known for
+        (512 * MIB, 64 * GIB, 16 * GIB),  # never more than half of the memory
+        (512 * MIB, 0, 0),
+    ],
+)
+def test_the_pin_limit_is_what_goes_and_is_given_back(
+    rule: int, allowed: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinning = _Pinning(monkeypatch, allowed)
+    assert bench.measure_pin_limit(rule, host_total_bytes=32 * GIB) == limit
+    assert pinning.given_back == 1
+
+
+def test_trying_to_pin_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    _Pinning(monkeypatch, 64 * GIB)
+    assert bench.pinned_bytes(64 * GIB, within_seconds=0.0) == 0
+
+
+def test_where_nothing_can_be_given_back_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_host_cache_release", lambda: None)
+    assert bench.measure_pin_limit(28 * GIB, host_total_bytes=32 * GIB) == 28 * GIB

@@ -13,7 +13,6 @@ from eightgig.hardware.card_table import (
 from eightgig.hardware.cards import cards_page, hardware_from_card
 from eightgig.hardware.probe import card_rates
 from eightgig.units import GIB, MIB
-from tests.unit.memory import cases
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "cards.md"
 
@@ -111,12 +110,13 @@ def test_a_machine_from_a_size_says_whose_rates_it_has() -> None:
     assert "RTX 4060" in machine.name
 
 
-def test_a_real_host_replaces_the_assumed_one() -> None:
-    host = cases.processor()
-    machine = hardware_from_card("RTX 4060", host=host)
-    assert machine.host_free_bytes == host.host_free_bytes
-    assert machine.disk_free_bytes == host.disk_free_bytes
-    assert machine.device == "cuda"
+def test_main_memory_is_assumed_or_given() -> None:
+    assumed, given = hardware_from_card("4060"), hardware_from_card("4060", host_total_bytes=GIB)
+    assert assumed.host_total_bytes == 32 * GIB
+    assert assumed.host_free_bytes < 32 * GIB
+    assert given.host_total_bytes == GIB
+    assert given.host_free_bytes == 0
+    assert given.device == "cuda"
 
 
 def test_a_display_takes_memory() -> None:
@@ -128,6 +128,13 @@ def test_neither_a_card_nor_a_size_is_refused_with_near_names() -> None:
     with pytest.raises(HardwareError, match="neither a card of the table nor a size") as caught:
         hardware_from_card("RTX 4061")
     assert "RTX 4060" in caught.value.fix
+
+
+@pytest.mark.parametrize("size", ["0GiB", "8", "512MiB"])
+def test_no_card_is_that_small(size: str) -> None:
+    with pytest.raises(HardwareError, match="neither a card of the table nor a size") as caught:
+        hardware_from_card(size)
+    assert "8GiB" in caught.value.fix
 
 
 def test_an_older_board_slows_the_link() -> None:

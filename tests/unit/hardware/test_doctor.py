@@ -7,7 +7,13 @@ import pytest
 
 from eightgig.errors import Finding
 from eightgig.hardware.doctor import Examination, diagnose
-from eightgig.hardware.facts import BitsandbytesFacts, Facts, StepFacts, TorchFacts
+from eightgig.hardware.facts import (
+    BitsandbytesFacts,
+    Facts,
+    StepFacts,
+    TorchFacts,
+    TritonFacts,
+)
 from eightgig.hardware.nvml import GpuProcess, NvmlReading
 from eightgig.units import GIB, MIB
 from tests.unit.hardware.machines import RATES, cpu_machine, gpu_machine, torch_facts
@@ -62,6 +68,27 @@ FAULTS: list[tuple[Make, str, bool, str, str]] = [
         "doctor.driver_missing", True, "no working driver", "nvidia.com/drivers",
     ),
     (
+        lambda: cpu_machine(
+            has_nvidia_card=True, nvml=NvmlReading(error="Driver/library version mismatch")
+        ),
+        "doctor.driver_missing", True, "version mismatch", "sudo reboot",
+    ),
+    (
+        lambda: cpu_machine(
+            has_nvidia_card=None,
+            nvml=NvmlReading(error="nvidia-ml-py cannot be imported: No module named 'pynvml'"),
+        ),
+        "doctor.nvml_missing", True, "No module named 'pynvml'", "--force-reinstall nvidia-ml-py",
+    ),
+    (
+        lambda: cpu_machine(nvml=NvmlReading(error="nvidia-ml-py cannot be imported: x")),
+        "doctor.nvml_missing", False, "The driver cannot be asked", "nvidia-ml-py",
+    ),
+    (
+        lambda: gpu_machine(rates=None, rates_error="Traceback\nRuntimeError: CUDA out of memory"),
+        "doctor.rates", False, "measured: RuntimeError: CUDA out of memory", "nvidia-smi",
+    ),
+    (
         lambda: gpu_machine(
             nvml=dataclasses.replace(
                 gpu_machine().nvml, driver_version="550.54.14", cuda_version=(12, 4)
@@ -70,6 +97,23 @@ FAULTS: list[tuple[Make, str, bool, str, str]] = [
         "doctor.driver_old", True, "Driver 550.54.14 serves CUDA up to 12.4",
         "nvidia-driver-580 && sudo reboot   or: python -m pip install --force-reinstall torch "
         "--index-url https://download.pytorch.org/whl/cu126",
+    ),
+    (
+        lambda: gpu_machine(
+            nvml=dataclasses.replace(
+                gpu_machine().nvml, driver_version="470.256.02", cuda_version=(11, 4)
+            )
+        ),
+        "doctor.driver_old", True, "Driver 470.256.02 serves CUDA up to 11.4",
+        "sudo apt install nvidia-driver-580 && sudo reboot",
+    ),
+    (
+        lambda: gpu_machine(
+            torch=TorchFacts(version="2.13.0+cpu"),
+            nvml=dataclasses.replace(gpu_machine().nvml, cuda_version=(11, 4)),
+        ),
+        "doctor.torch_cpu_build", True, "built for processors only",
+        "nvidia-driver-580 && sudo reboot   then: python -m pip install",
     ),
     (
         lambda: gpu_machine(torch=BROKEN_TORCH),
@@ -115,7 +159,11 @@ FAULTS: list[tuple[Make, str, bool, str, str]] = [
     ),
     (
         lambda: gpu_machine(step=StepFacts(device="cuda", error="ended by signal 11.")),
-        "doctor.nf4_step", True, "ended by signal 11", "eightgig doctor",
+        "doctor.nf4_step", True, "ended by signal 11", "python -m bitsandbytes",
+    ),
+    (
+        lambda: gpu_machine(step=StepFacts(device="cuda", error="CUDA out of memory. Tried 2 GiB")),
+        "doctor.nf4_step", True, "out of memory", "nvidia-smi",
     ),
     (
         lambda: gpu_machine(
@@ -142,6 +190,20 @@ FAULTS: list[tuple[Make, str, bool, str, str]] = [
     (
         lambda: gpu_machine(c_compiler=None),
         "doctor.no_compiler", False, "no C compiler", "apt install gcc",
+    ),
+    (
+        lambda: gpu_machine(
+            triton=TritonFacts(error="main.c:4:10: fatal error: Python.h: No such file\nexit 1")
+        ),
+        "doctor.triton_broken", False, "Python.h is missing", "sudo apt install python3-dev",
+    ),
+    (
+        lambda: gpu_machine(triton=TritonFacts(error="ImportError: libtriton.so: bad ELF")),
+        "doctor.triton_broken", False, "libtriton.so: bad ELF", "--force-reinstall triton",
+    ),
+    (
+        lambda: gpu_machine(triton=TritonFacts(version="3.7.1", is_right=False)),
+        "doctor.triton_broken", False, "wrong result", "--force-reinstall triton",
     ),
     (
         lambda: gpu_machine(versions={"torch": "2.10.0", "triton": "3"}),
@@ -251,6 +313,18 @@ FAULTS: list[tuple[Make, str, bool, str, str]] = [
         "doctor.disk", True, "1.00 GiB are free", "model.cache_dir",
     ),
     (
+        lambda: gpu_machine(hub_free_bytes=9 * GIB),
+        "doctor.hub_disk", False, "9.00 GiB are free for downloads", "export HF_HOME=",
+    ),
+    (
+        lambda: gpu_machine(hub_free_bytes=9 * GIB, system="Windows"),
+        "doctor.hub_disk", False, "huggingface/hub", "setx HF_HOME",
+    ),
+    (
+        lambda: gpu_machine(disk_free_bytes=GIB, system="Windows"),
+        "doctor.disk", True, "1.00 GiB are free", "dir /s",
+    ),
+    (
         lambda: gpu_machine(has_hf_token=False),
         "doctor.hf_token", False, "No Hugging Face token", "hf auth login",
     ),
@@ -279,17 +353,29 @@ def test_every_code_of_the_checks_is_provoked() -> None:
     provoked |= {finding.code for finding in diagnose(gpu_machine())}
     provoked |= {finding.code for finding in diagnose(cpu_machine())}
     assert provoked == {
-        "doctor.gpu", "doctor.cpu_only", "doctor.python_version", "doctor.driver_missing",
+        "doctor.gpu", "doctor.cpu_only", "doctor.nvml_missing", "doctor.rates",
+        "doctor.python_version", "doctor.driver_missing",
         "doctor.driver_old", "doctor.torch_missing", "doctor.torch_cpu_build",
         "doctor.torch_no_cuda", "doctor.torch_architecture", "doctor.capability",
         "doctor.no_bfloat16", "doctor.bitsandbytes_missing", "doctor.bitsandbytes_library",
         "doctor.nf4_step", "doctor.nf4_wrong", "doctor.nf4_step_ok", "doctor.triton_missing",
-        "doctor.no_compiler", "doctor.version_torch", "doctor.version_transformers",
+        "doctor.no_compiler", "doctor.triton_broken", "doctor.hub_disk",
+        "doctor.version_torch", "doctor.version_transformers",
         "doctor.version_bitsandbytes", "doctor.version_peft", "doctor.vram_held", "doctor.spill",
         "doctor.pinned_memory", "doctor.pcie_lanes", "doctor.pcie_generation", "doctor.copy_rate",
         "doctor.copy_rate_ok", "doctor.temperature", "doctor.power_limit", "doctor.main_memory",
         "doctor.disk", "doctor.hf_token",
     }  # fmt: skip
+
+
+def test_one_disk_is_reported_once() -> None:
+    facts = gpu_machine(disk_free_bytes=9 * GIB, hub_free_bytes=9 * GIB)
+    assert [finding.code for finding in _worse(facts)] == ["doctor.disk"]
+
+
+def test_a_driver_that_serves_no_torch_is_not_answered_with_another_torch() -> None:
+    nvml = dataclasses.replace(gpu_machine().nvml, cuda_version=(11, 4))
+    assert "pip install" not in _only(gpu_machine(nvml=nvml), "doctor.driver_old").fix
 
 
 def test_one_cause_is_reported_once() -> None:

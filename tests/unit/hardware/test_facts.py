@@ -1,3 +1,4 @@
+import importlib
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from eightgig.hardware.facts import (
     read_step,
     read_torch,
 )
-from eightgig.hardware.nvml import NvmlReading
+from eightgig.hardware.nvml import NvmlReading, read_nvml
 from eightgig.run import from_json, to_json
 from tests.unit.hardware.machines import gpu_machine
 
@@ -133,3 +134,21 @@ def test_installed_packages_are_listed_without_importing_them() -> None:
     versions = module._installed_versions()
     assert "transformers" in versions
     assert "no-such-package" not in versions
+
+
+def test_an_nvml_package_that_does_not_import_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = importlib.import_module
+
+    def broken(name: str, package: str | None = None) -> object:
+        if name == "pynvml":
+            raise ImportError("DLL load failed")
+        return real(name, package)
+
+    monkeypatch.setattr("eightgig.hardware.nvml.importlib.import_module", broken)
+    reading = read_nvml()
+    assert reading.gpus == ()
+    findings = diagnose(gpu_machine(nvml=reading))
+    (finding,) = [each for each in findings if each.code == "doctor.nvml_missing"]
+    assert "DLL load failed" in finding.message

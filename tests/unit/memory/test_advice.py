@@ -100,3 +100,23 @@ def test_where_nothing_helps_a_smaller_model_is_advised() -> None:
     plan, text = _advice("31B", machine, data={"max_length": 64}, lora={"r": 1})
     assert not plan.fits
     assert "smaller model" in text
+
+
+def test_a_budget_above_the_card_is_to_be_lowered() -> None:
+    plan, text = _advice(memory={"budget": 20 * GIB})
+    assert not plan.fits
+    (line,) = plan.advice
+    assert re.fullmatch(
+        r"Lower memory\.budget to 6\.91 GiB, or to auto \(more is not there\): then it fits\.", line
+    )
+    assert "No setting" not in text
+
+
+def test_a_large_model_on_a_processor_is_called_slow_and_a_small_one_is_not() -> None:
+    machine = cases.processor(host_total_bytes=64 * GIB, host_free_bytes=60 * GIB)
+    plan, text = _advice("12B", machine, data={"max_length": 512})
+    assert plan.fits
+    assert plan.tokens_per_second is None
+    assert re.search(r"expect around [\d.]+ tokens/s \(a guess", text)
+    small = make_plan(cases.small_decoder(), machine, cases.config(data={"max_length": 512}))
+    assert small.advice == ()

@@ -8,70 +8,59 @@ from eightgig.memory.calibration import (
     MeasuredPeak,
     compare_with_plan,
     judge_peaks,
+    judge_speeds,
     predict_peak,
+    predict_time,
     read_measured_peaks,
 )
 from eightgig.memory.plan import make_plan
+from eightgig.memory.speed import speed_range
+from eightgig.models.shapes import find_shape
 from eightgig.run import to_json
+from eightgig.units import GIB
 from tests.unit.memory import cases
 
 TABLE = Path(__file__).parents[2] / "data" / "measured_peaks.jsonl"
 ROW = MeasuredPeak(
-    model="google/gemma-4-12B-it",
+    case="12b 1x2048 16 streamed none host",
+    model="12b",
     tokens=2048,
+    rows=1,
     rank=16,
+    lora_dropout=0.0,
     placement="streamed",
+    offload=(),
+    optim="adamw_torch",
+    micro_batch_tokens=2048,
+    micro_batches_per_visit=1,
     layer_slots=3,
     mlp_tile_tokens=1024,
     head_tile_tokens=1024,
     checkpoints="host",
-    optim="adamw_torch",
+    kernels="triton",
+    compute_capability=(9, 0),
+    budget_bytes=7_247_757_312,
+    rates=cases.rates(),
     predicted_bytes=2_000_000_000,
     measured_bytes=1_950_000_000,
+    allocated_bytes=1_700_000_000,
+    predicted_tokens_per_second=900.0,
+    measured_tokens_per_second=950.0,
     used_for_tuning=False,
     machine="NVIDIA H100 80GB HBM3",
-    versions="torch 2.11.0",
+    versions={"torch": "2.11.0"},
     date="2026-11-24",
 )
-# Shapes of the table that are not among the five sizes, by name.
-SHAPES = {
-    "llama-3.1-8b": {
-        "num_layers": 32,
-        "hidden": 4096,
-        "heads": 32,
-        "kv_heads": 8,
-        "size": 14_336,
-        "vocab": 128_256,
-    },
-    "qwen3-14b": {
-        "num_layers": 40,
-        "hidden": 5120,
-        "heads": 40,
-        "kv_heads": 8,
-        "size": 17_408,
-        "vocab": 151_936,
-    },
-}
-
-
-def _spec(model: str) -> object:
-    if model not in SHAPES:
-        return cases.gemma(model.removeprefix("google/gemma-4-").removesuffix("-it"))
-    shape = SHAPES[model]
-    decoder = cases.small_decoder(
-        shape["num_layers"], hidden_size=shape["hidden"], vocab_size=shape["vocab"]
-    )
-    layers = tuple(
-        dataclasses.replace(
-            layer,
-            num_heads=shape["heads"],
-            num_kv_heads=shape["kv_heads"],
-            head_dim=128,
-            intermediate_size=shape["size"],
-        )
-        for layer in decoder.layers
-    )
-    return dataclasses.replace(decoder, layers=layers, has_qk_norm=model.startswith("qwen3"))
+FEWEST_ROWS, FEWEST_UNSEEN = 60, 20
+LAYOUT = (
+    "micro_batch_tokens",
+    "micro_batches_per_visit",
+    "layer_slots",
+    "mlp_tile_tokens",
+    "head_tile_tokens",
+    "checkpoints",
+    "kernels",
+)
 
 
 def test_a_measured_peak_below_the_plan_is_an_excess() -> None:
@@ -125,7 +114,31 @@ def test_a_row_is_predicted_from_its_own_layout() -> None:
     streamed = predict_peak(ROW, spec)
     resident = predict_peak(dataclasses.replace(ROW, layer_slots=20), spec)
     wide = predict_peak(dataclasses.replace(ROW, rank=128), spec)
+    dropped = predict_peak(dataclasses.replace(ROW, lora_dropout=0.05), spec)
     assert streamed < wide < resident
+    assert streamed < dropped
+
+
+@pytest.mark.parametrize("model", ["e2b", "12b", "llama8b", "qwen14b"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_8bit"])
+def test_a_row_predicts_what_its_plan_said(model: str, optim: str) -> None:
+    spec = find_shape(model)
+    hopper = cases.card(
+        "RTX 3090", compute_capability=(9, 0), host_free_bytes=120 * GIB, rates=ROW.rates
+    )
+    plan = make_plan(
+        spec,
+        hopper,
+        cases.config(
+            data={"max_length": 1024},
+            train={"optim": optim, "gradient_accumulation_steps": 4},
+            memory={"offload": ("down_proj",), "checkpoints": "host"},
+        ),
+    )
+    layout = {name: getattr(plan, name) for name in LAYOUT}
+    row = dataclasses.replace(ROW, tokens=1024, rows=4, offload=plan.offload, optim=optim, **layout)
+    assert predict_peak(row, spec) == plan.peak_bytes
+    assert predict_time(row, spec).tokens_per_second == pytest.approx(plan.tokens_per_second)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +165,49 @@ def test_an_empty_table_proves_nothing() -> None:
         judge_peaks([], [])
 
 
-@pytest.mark.skipif(not TABLE.exists(), reason="no run has been measured yet")
+def test_speeds_further_off_than_promised_are_named() -> None:
+    rows = [
+        dataclasses.replace(ROW, case=case, measured_tokens_per_second=speed)
+        for case, speed in (("near", 110.0), ("far", 80.0), ("high", 120.0))
+    ]
+    accuracy = judge_speeds(rows, [100.0] * 3)
+    assert accuracy.num_rows == 3
+    assert accuracy.median_ratio == pytest.approx(1.1)
+    assert accuracy.off == {"far": pytest.approx(0.8), "high": pytest.approx(1.2)}
+
+
+def _table() -> tuple[MeasuredPeak, ...]:
+    return read_measured_peaks(TABLE)
+
+
+def test_enough_runs_are_measured_and_held_back() -> None:
+    rows = _table()
+    assert len({row.case for row in rows}) == len(rows) >= FEWEST_ROWS
+    assert sum(not row.used_for_tuning for row in rows) >= FEWEST_UNSEEN
+    assert {row.model for row in rows} >= {"e2b", "e4b", "12b", "31b", "llama8b", "qwen14b"}
+
+
 def test_the_formulas_hold_for_every_measured_run() -> None:
-    rows = read_measured_peaks(TABLE)
-    accuracy = judge_peaks(rows, [predict_peak(row, _spec(row.model)) for row in rows])
+    rows = _table()
+    accuracy = judge_peaks(rows, [predict_peak(row, find_shape(row.model)) for row in rows])
     assert accuracy.too_low == ()
     assert accuracy.holds, accuracy
+
+
+def test_speeds_are_within_the_range_that_a_plan_gives() -> None:
+    for row in _table():
+        time = predict_time(row, find_shape(row.model))
+        low, high = speed_range(time, row.rates)
+        if row.measured_tokens_per_second is not None:
+            assert low <= row.measured_tokens_per_second / time.tokens_per_second <= high, row.case
+
+
+def test_speeds_that_launches_do_not_bind_are_within_15_percent_but_for_one() -> None:
+    pairs = [(row, predict_time(row, find_shape(row.model))) for row in _table()]
+    bound = [pair for pair in pairs if not pair[1].is_launch_bound]
+    accuracy = judge_speeds(
+        [row for row, _ in bound], [time.tokens_per_second for _, time in bound]
+    )
+    assert accuracy.num_rows > 25
+    assert len(accuracy.off) <= 1, accuracy
+    assert accuracy.median_ratio == pytest.approx(1, abs=0.03)

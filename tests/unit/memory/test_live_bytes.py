@@ -192,7 +192,9 @@ def _wait_on_host(live: LiveBytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(checkpoints, "PinnedArenas", lambda **_: Arenas(is_pinned=False))
     monkeypatch.setattr(
-        model, "DeviceWaiting", lambda: HostWaiting(engines.CPU, WaitMeter(), expected_bytes=0)
+        model,
+        "DeviceWaiting",
+        lambda: HostWaiting(engines.CPU, WaitMeter(), expected_bytes=0, buffer_bytes=0),
     )
 
 

@@ -1,7 +1,13 @@
+import importlib.util
 import itertools
+import struct
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
-from eightgig.memory.picture import draw_plan
+import pytest
+
+from eightgig.errors import ConfigError
+from eightgig.memory.picture import draw_plan, write_picture
 from eightgig.memory.plan import Plan, make_plan
 from eightgig.units import GIB
 from tests.unit.memory import cases
@@ -54,3 +60,37 @@ def test_a_title_cannot_break_the_picture() -> None:
 
 def test_the_picture_is_the_same_each_time() -> None:
     assert draw_plan(_plan()) == draw_plan(_plan())
+
+
+def test_the_ending_decides_the_kind(tmp_path: Path) -> None:
+    plan = _plan()
+    write_picture(plan, tmp_path / "plan.SVG", title="E2B")
+    assert (tmp_path / "plan.SVG").read_text(encoding="utf-8") == draw_plan(plan, title="E2B")
+    with pytest.raises(ConfigError, match=r"plan\.jpg cannot be drawn") as error:
+        write_picture(plan, tmp_path / "plan.jpg")
+    assert "plan.svg" in error.value.fix
+
+
+def test_a_png_is_one(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws PNG")
+    write_picture(_plan(), tmp_path / "plan.png", title="E2B")
+    content = (tmp_path / "plan.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n")
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > height > 200
+
+
+def test_without_matplotlib_a_png_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="matplotlib is not installed") as error:
+        write_picture(_plan(), tmp_path / "plan.png")
+    assert "pip install" in error.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_picture(_plan(), tmp_path / "file" / "plan.svg")

@@ -20,12 +20,12 @@ from eightgig.units import format_bytes
 
 
 class Fitted(NamedTuple):
-    """A plan, the rows that it takes, what happened to longer ones, and how full batches are."""
+    """A plan, the rows that it takes, and notices: of longer rows, and how full batches are."""
 
     plan: Plan
     rows: Dataset
     held_out: Dataset | None
-    notices: tuple[Finding | Choice, ...]
+    notices: tuple[object, ...]
 
 
 def fit_rows(

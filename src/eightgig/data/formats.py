@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eightgig.data.rules import Notes, make_finding
-from eightgig.data.turns import ROLE_ALIASES, Message, check_order, read_messages, read_tools
+from eightgig.data.turns import (
+    ROLE_ALIASES,
+    Message,
+    check_order,
+    kind_of,
+    read_messages,
+    read_tools,
+)
 from eightgig.errors import Finding
 
 Format = Literal["messages", "prompt_completion", "sharegpt", "alpaca", "text"]
@@ -176,18 +183,12 @@ def _has_columns(
 def _text_of(values: Mapping[str, Any], name: str, notes: Notes) -> str | None:
     value = values[name]
     if not isinstance(value, str):
-        notes.add("data.column_type", f'The column "{name}" holds {_kind(value)}, not text.')
+        notes.add("data.column_type", f'The column "{name}" holds {kind_of(value)}, not text.')
         return None
     if not value.strip():
         notes.add("data.empty_turn", f'The column "{name}" is empty.')
         return None
     return value
-
-
-def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object",
-             list: "a list", type(None): "null"}  # fmt: skip
-    return kinds.get(type(value), type(value).__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,7 +307,7 @@ def _read_alpaca(values: Mapping[str, Any], notes: Notes) -> _Turns | None:
         return None
     extra = values.get("input")
     if extra is not None and not isinstance(extra, str):
-        notes.add("data.column_type", f'The column "input" holds {_kind(extra)}, not text.')
+        notes.add("data.column_type", f'The column "input" holds {kind_of(extra)}, not text.')
         return None
     question = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
     return _Turns(

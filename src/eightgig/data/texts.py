@@ -91,7 +91,7 @@ def describe_text(example: Example, boilerplate: NDArray[np.uint64], notes: Note
     answer = "\n".join(answers).strip()
     return RowText(
         signature=signature(piece_hashes(said), boilerplate),
-        answer_key=_hash(answer.lower()) if answer else 0,
+        answer_key=hash_text(answer.lower()) if answer else 0,
         answer=answer if len(answer) <= SHORT_ANSWER_CHARS else "",
         scripts=count_scripts(said),
         language=guess_language(said),
@@ -130,6 +130,7 @@ def guess_language(text: str) -> str:
     return best if scores[best] >= max(2, 0.04 * words.total()) else ""
 
 
-def _hash(text: str) -> int:
+def hash_text(text: str) -> int:
+    """Hash of `text` in 64 bits; never 0."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1

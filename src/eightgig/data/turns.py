@@ -124,7 +124,7 @@ def _read_content(
     if isinstance(content, list):
         return _read_parts(content, number, notes)
     if not isinstance(content, str):
-        message = f"The content of turn {number} ({role}) is {_kind(content)}, not text."
+        message = f"The content of turn {number} ({role}) is {kind_of(content)}, not text."
         notes.add("data.content_type", message)
         return None
     may_be_empty = has_calls or role in ("tool", *_TURN_START)
@@ -135,8 +135,10 @@ def _read_content(
     return content
 
 
-def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+def kind_of(value: Any) -> str:
+    """What `value` is, in the words of JSON."""
+    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object",
+             list: "a list", str: "text", type(None): "null"}  # fmt: skip
     return kinds.get(type(value), type(value).__name__)
 
 

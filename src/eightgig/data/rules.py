@@ -51,6 +51,10 @@ _READING: Mapping[str, Rule] = {
         "zstd.",
         "Convert the file to JSONL: one JSON object per line.",
     ),
+    "data.split_unused": _error(
+        "Only a `datasets` name or folder has splits; the whole file would be read.",
+        "Delete `data.split`, or name the file of that split in `data.path`.",
+    ),
     "data.outside_link": _error(
         "A link inside a data folder could bring in any file of this machine.",
         "Name the linked file itself in `data.path` if you want it.",
@@ -118,7 +122,8 @@ _COLUMNS: Mapping[str, Rule] = {
     ),
     "data.mixed_format": _error(
         "All rows of a training must have one shape.",
-        "Convert the row, or put rows of another shape into a run of their own.",
+        "Convert the row, put rows of another shape into a run of their own, or correct "
+        "`data.format`.",
     ),
     "data.column_type": _error(
         "The column must hold text.", "Write the value as text, or delete the row."

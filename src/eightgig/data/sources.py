@@ -7,7 +7,7 @@ Only files that the user named, or that a glob finds below its own folder, are r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,7 @@ _KINDS: dict[str, SourceKind] = {
 }
 _PACKED = (".gz", ".zst", ".zstd")
 _MAGIC = frozenset("*?[")
+_USUAL_SPLIT = "train"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +44,11 @@ class Source:
 
     name: str
     kind: SourceKind
-    split: str = "train"
+    split: str = _USUAL_SPLIT
 
 
 def find_sources(
-    path: str | tuple[str, ...], *, split: str = "train"
+    path: str | tuple[str, ...], *, split: str = _USUAL_SPLIT
 ) -> tuple[tuple[Source, ...], tuple[Finding, ...]]:
     """The files and names that `path` stands for, in a fixed order, each once.
 
@@ -67,6 +68,19 @@ def find_sources(
             else:
                 findings.append(found)
     return tuple(sources.values()), tuple(findings)
+
+
+def find_unused_split(sources: Sequence[Source], split: str) -> tuple[Finding, ...]:
+    """The finding that `split` was set for `sources` that have none."""
+    if split == _USUAL_SPLIT or not sources or any(map(_has_split, sources)):
+        return ()
+    message = f"`data.split: {split}` has no effect on files."
+    return (make_finding("data.split_unused", message, file=sources[0].name),)
+
+
+def _has_split(source: Source) -> bool:
+    inside = Path(source.name).parent.name
+    return source.kind == "datasets" or (source.kind == "arrow" and inside == source.split)
 
 
 def _find(text: str, split: str) -> Iterable[Source | Finding]:
@@ -127,7 +141,7 @@ def _saved_dataset(folder: Path, split: str) -> Iterable[Source | Finding]:
         paths = [candidate / name for name in names]
         inside = candidate.resolve()
         if all(path.resolve().parent == inside for path in paths):
-            return [Source(name=str(path), kind="arrow") for path in paths]
+            return [Source(name=str(path), kind="arrow", split=split) for path in paths]
     message = f'"{folder}" is a folder.'
     return [make_finding("data.folder", message, file=str(folder))]
 

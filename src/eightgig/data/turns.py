@@ -45,7 +45,7 @@ def texts_of(message: Message) -> list[str]:
 def read_messages(turns: Any, column: str, notes: Notes) -> tuple[Message, ...] | None:
     """The messages of one row; None, and an error in `notes`, if one of them is none."""
     if not isinstance(turns, list):
-        kind = "text that is no JSON list" if isinstance(turns, str) else type(turns).__name__
+        kind = "text that is no JSON list" if isinstance(turns, str) else kind_of(turns)
         notes.add("data.message_type", f'The column "{column}" holds {kind}, not a list of turns.')
         return None
     if not turns:

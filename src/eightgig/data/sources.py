@@ -149,6 +149,8 @@ def _saved_dataset(folder: Path, split: str) -> Iterable[Source | Finding]:
 def _is_hub_name(text: str) -> bool:
     name, colon, subset = text.partition(":")
     parts = [*name.split("/"), *([subset] if colon else [])]
-    allowed = all(part and all(c.isalnum() or c in "-_." for c in part) for part in parts)
+    allowed = all(
+        part[:1].isalnum() and all(c.isalnum() or c in "-_." for c in part) for part in parts
+    )
     has_data_suffix = Path(text.lower()).suffix in {*_KINDS, *_PACKED, ".txt"}
-    return allowed and name.count("/") <= 1 and not text.startswith(".") and not has_data_suffix
+    return allowed and name.count("/") <= 1 and not has_data_suffix

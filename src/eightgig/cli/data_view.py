@@ -60,7 +60,7 @@ def _show_findings(report: DataReport) -> None:
             render.show_text(Text.assemble(head, finding.place, finding.message))
             if finding.fix != usual_fix:
                 render.show_text(Text.assemble(("  fix: ", "dim"), finding.fix))
-        more = report.summary["counts"].get(code, len(found)) - len(shown)
+        more = max(len(found), report.summary["counts"].get(code, 0)) - len(shown)
         if more > 0:
             render.show_line(f"  and {more:,} more; `--json` lists up to {KEPT_FINDINGS}", "dim")
         render.show_text(Text.assemble(("  why: ", "dim"), shown[-1].why))
@@ -86,7 +86,7 @@ def _summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if "tokens" in summary:
         share = summary["trained_share"]
         yield f"{summary['rows']:,} rows, {summary['tokens']:,} tokens, {share:.1%} of them trained"
-    if percentiles := summary.get("percentiles"):
+    if summary.get("rows") and (percentiles := summary.get("percentiles")):
         half, most = percentiles["p50"], percentiles["p99"]
         longest = summary["longest_tokens"]
         yield f"tokens a row: half up to {half:,}, 99 % up to {most:,}, the longest {longest:,}"

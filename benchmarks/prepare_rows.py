@@ -1,13 +1,12 @@
 """Time and memory of reading, rendering and tokenising many rows.
 
 `python benchmarks/prepare_rows.py --rows 1000000` writes so many conversations of 100 to 2,000
-tokens (evenly on a logarithmic scale), loads them twice, and prints one JSON line: seconds and
-tokens of the first time, seconds of the second (from the cache), and the most anonymous memory that
-this process took beyond what it started with, and that a worker had. Mapped token files are not
-counted: they are the page cache's.
+tokens (evenly on a logarithmic scale), loads them twice, and prints one JSON line for
+benchmarks/data_results.jsonl: seconds, processor seconds and tokens of the first time, seconds of
+the second (from the cache), and the most anonymous memory that this process took beyond what it
+started with, and that a worker had. Mapped token files are not counted: they are the page cache's.
 
-Without `--model` a small byte-level tokenizer with the shape of Llama 3's template is used; its
-tokens are shorter than those of a real one.
+Without `--model` a tokenizer as large as Gemma's is made first (`benchmarks/wide_tokenizer.py`).
 """
 
 from __future__ import annotations
@@ -18,15 +17,17 @@ import platform
 import tempfile
 import threading
 import time
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import psutil
+from wide_tokenizer import make_wide_tokenizer
 
 from eightgig.config import DataConfig
 from eightgig.data.load import load_dataset
 from eightgig.data.tokenizer import load_tokenizer
-from tests.chats import make_chat_tokenizer
 
 _MIB = 1 << 20
 
@@ -91,17 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--model", type=Path, help="folder of a model, for its tokenizer")
+    parser.add_argument("--machine", help="what to call this machine")
     options = parser.parse_args()
-    tokenizer = (
-        make_chat_tokenizer("llama3") if options.model is None else load_tokenizer(options.model)
-    )
+    tokenizer = make_wide_tokenizer() if options.model is None else load_tokenizer(options.model)
     words = read_words()
     per_word = len(tokenizer(" ".join(words))["input_ids"]) / len(words)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         write_rows(path, options.rows, per_word)
         before = anonymous_bytes(psutil.Process())
-        seconds = []
+        began, seconds, work = processor_seconds(), [], []
         with MemoryWatch() as watch:
             for _ in range(2):
                 start = time.monotonic()
@@ -109,23 +109,39 @@ def main() -> None:
                     DataConfig(path=str(path), held_out=0), tokenizer, cache_dir=Path(folder)
                 )
                 seconds.append(time.monotonic() - start)
+                work.append(processor_seconds() - began)
         summary = data.train.summary
-        print(
-            json.dumps(
-                {
-                    "rows": options.rows,
-                    "file_mib": round(path.stat().st_size / _MIB),
-                    "tokens": summary["tokens"],
-                    "longest_tokens": summary["longest_tokens"],
-                    "seconds": round(seconds[0], 1),
-                    "seconds_cached": round(seconds[1], 1),
-                    "parent_mib": round((watch.peaks["parent"] - before) / _MIB),
-                    "worker_mib": round(watch.peaks["worker"] / _MIB),
-                    "processors": psutil.cpu_count(),
-                    "machine": platform.processor() or platform.machine(),
-                }
-            )
-        )
+        measured = {
+            "what": "prepare",
+            "rows": options.rows,
+            "file_bytes": path.stat().st_size,
+            "tokens": summary["tokens"],
+            "longest_tokens": summary["longest_tokens"],
+            "vocabulary": len(tokenizer),
+            "seconds": round(seconds[0], 1),
+            "processor_seconds": round(work[0], 1),
+            "cached_seconds": round(seconds[1], 1),
+            "parent_peak_bytes": watch.peaks["parent"] - before,
+            "worker_peak_bytes": watch.peaks["worker"],
+            **describe_machine(options.machine),
+        }
+        print(json.dumps(measured))
+
+
+def describe_machine(name: str | None) -> dict[str, object]:
+    """What a measurement was made on, and when."""
+    return {
+        "processors": psutil.cpu_count(),
+        "machine": name or platform.processor() or platform.machine(),
+        "versions": {library: version(library) for library in ("tokenizers", "transformers")},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def processor_seconds() -> float:
+    """Processor time of this process and of those it started that have ended."""
+    times = psutil.Process().cpu_times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ _WORDS = (
     "arguments", "parameters", "add", "the", "answer", "question", "Hello", "Hi", "Bye", "See",
     "you", "one", "two", "three", "Be", "brief", "It", "shines", "Sun",
 )  # fmt: skip
-_GEMMA4 = (
+GEMMA4_TOKENS = (
     "<pad>", "<eos>", "<bos>", "<unk>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>",
     "<|tool_response>", "<tool_response|>", '<|"|>', "<|think|>", "<|channel>", "<channel|>",
     "<|turn>", "<turn|>", "<|image>", "<|audio>", "<|image|>", "<|audio|>", "<image|>",
@@ -89,7 +89,7 @@ def _special_names(chat: str) -> dict[str, str]:
 @lru_cache
 def _tokenizer_json(chat: str) -> str:
     if chat.startswith("gemma4"):
-        return _underlined(_GEMMA4, cut.Sequence([]), None)
+        return _underlined(GEMMA4_TOKENS, cut.Sequence([]), None)
     if chat == "mistral":
         blanks = cut.Metaspace(prepend_scheme="first", split=False)
         return _underlined(_MISTRAL, blanks, blanks)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from eightgig.data.control import ControlTokenLost, ControlTokens, RenderedText
+from eightgig.data.control import ControlTokens, RenderedText
+from eightgig.data.encode import ControlTokenLost
 from eightgig.data.template import ChatTemplate, RenderingLimit, TemplateRefused
 from eightgig.engine.assemble import Engine
 from eightgig.engine.generate import Sampling, generate, row_bytes

@@ -77,3 +77,31 @@ def test_a_model_that_is_not_there_is_said_so(
 ) -> None:
     assert main(["check", str(config), "--set", "model.name=./nowhere"]) == 2
     assert capsys.readouterr().err.startswith("error: There is no model folder")
+
+
+def test_of_many_faults_the_first_are_listed_and_the_reason_is_said_once(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_rows(config.parent, *ROWS, *["{"] * 340, {"prompt": "?"})
+    assert main(["check", str(config)]) == 2
+    shown = capsys.readouterr().out
+    assert shown.count("no valid JSON") + shown.count("the line ends before") == 10
+    assert "and 330 more" in shown
+    assert shown.count("why: The row cannot be read.") == 1
+    assert f'{config.parent / "data.jsonl"}:353: The column "completion" is missing.' in shown
+
+
+def test_fixes_of_one_kind_that_differ_stand_with_their_rows(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"messages": [{"role": role, "content": "Hi"}]} for role in ("bot", "human", "x")]
+    good = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    _write_rows(config.parent, good, *rows)
+    assert main(["check", str(config)]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    named = [index for index, line in enumerate(lines) if "unknown role" in line]
+    assert len(named) == 3
+    assert 'fix: Write "assistant".' in lines[named[0] + 1]
+    assert 'fix: Write "user".' in lines[named[1] + 1]
+    assert "why: " in lines[named[2] + 1]
+    assert "fix: Use system, developer" in lines[named[2] + 2]

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eightgig.cli import render
+from eightgig.data.rules import KEPT_FINDINGS
 
 if TYPE_CHECKING:
     from eightgig.data.checks import DataReport
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _BAR_COLUMNS = 30
 # Marks besides the colour: for pipes, and for those who see no colours.
 _TRAINED = (">>", "<<")
+_TRAINED_STYLE = "green"
+_SHOWN_FINDINGS = 10
 
 
 def show_data(report: DataReport, *, token_ids: bool, as_json: bool) -> None:
@@ -40,10 +43,28 @@ def show_data(report: DataReport, *, token_ids: bool, as_json: bool) -> None:
         render.show_table(_histogram(bars))
     if counts := report.summary.get("counts"):
         render.show_table(_counts(counts))
-    render.show_findings(report.findings)
+    _show_findings(report)
     for row in report.preview:
         _show_row(row, token_ids=token_ids)
     render.show_line(*_verdict(report))
+
+
+def _show_findings(report: DataReport) -> None:
+    """The first findings of each kind, one a line, then once why they matter and what to do."""
+    for code, group in groupby(report.findings, key=lambda finding: finding.code):
+        found = list(group)
+        shown = found[:_SHOWN_FINDINGS]
+        usual_fix = shown[-1].fix
+        for finding in shown:
+            head = (f"{finding.severity}: ", render.SEVERITY_STYLES[finding.severity])
+            render.show_text(Text.assemble(head, finding.place, finding.message))
+            if finding.fix != usual_fix:
+                render.show_text(Text.assemble(("  fix: ", "dim"), finding.fix))
+        more = max(len(found), report.summary["counts"].get(code, 0)) - len(shown)
+        if more > 0:
+            render.show_line(f"  and {more:,} more; `--json` lists up to {KEPT_FINDINGS}", "dim")
+        render.show_text(Text.assemble(("  why: ", "dim"), shown[-1].why))
+        render.show_text(Text.assemble(("  fix: ", "dim"), usual_fix))
 
 
 def _verdict(report: DataReport) -> tuple[str, str]:
@@ -65,7 +86,7 @@ def _summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if "tokens" in summary:
         share = summary["trained_share"]
         yield f"{summary['rows']:,} rows, {summary['tokens']:,} tokens, {share:.1%} of them trained"
-    if percentiles := summary.get("percentiles"):
+    if summary.get("rows") and (percentiles := summary.get("percentiles")):
         half, most = percentiles["p50"], percentiles["p99"]
         longest = summary["longest_tokens"]
         yield f"tokens a row: half up to {half:,}, 99 % up to {most:,}, the longest {longest:,}"
@@ -102,13 +123,14 @@ def _show_row(row: PreviewRow, *, token_ids: bool) -> None:
     render.show_line(f"A row as the model sees it{place}; trained tokens: {begin} {end}", "bold")
     if token_ids:
         for token in row.tokens:
-            mark = begin if token.is_trained else "  "
-            render.show_line(f"{mark} {token.token_id:>7} {token.text!r}")
+            mark, style = (begin, _TRAINED_STYLE) if token.is_trained else ("  ", "dim")
+            render.show_line(f"{mark} {token.token_id:>7} {token.text!r}", style)
         return
     text = Text()
     for is_trained, tokens in groupby(row.tokens, key=lambda token: token.is_trained):
         words = "".join(token.text for token in tokens)
         text.append(
-            f"{begin}{words}{end}" if is_trained else words, "green" if is_trained else "dim"
+            f"{begin}{words}{end}" if is_trained else words,
+            _TRAINED_STYLE if is_trained else "dim",
         )
     render.show_text(text)

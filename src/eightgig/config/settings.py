@@ -52,7 +52,7 @@ class DataConfig:
     """Which rows are trained on, and how they become tokens."""
 
     path: str | tuple[str, ...]
-    """File, list of files, glob, or `datasets` name with the rows to train on."""
+    """File, list of files, glob, or `datasets` name (owner/name:subset) with the training rows."""
     split: str = "train"
     """Split of a `datasets` name."""
     format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text"] = "auto"

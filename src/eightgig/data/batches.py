@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 IGNORE_INDEX = -100
 
 _UINT64 = (1 << 64) - 1
+_MEASURED_ROWS = 4_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +142,12 @@ def pack_rows(
         micro_batch_tokens: Tokens that a micro-batch may hold.
         packing: Whether rows may share a micro-batch.
     """
-    lengths = dataset.lengths[rows]
+    bins = _pack(dataset.lengths[rows], micro_batch_tokens, packing=packing)
+    return tuple(make_batch(dataset, [int(rows[place]) for place in sorted(b)]) for b in bins)
+
+
+def _pack(lengths: NDArray[np.int64], micro_batch_tokens: int, *, packing: bool) -> list[list[int]]:
+    """The places of `lengths` that share a micro-batch, for each micro-batch."""
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # free tokens and number of each open bin, sorted
     for place in np.argsort(-lengths, kind="stable").tolist():
@@ -154,7 +160,50 @@ def pack_rows(
             free, number = micro_batch_tokens, len(bins)
             bins.append([place])
         bisect.insort(rooms, (free - length, number))
-    return tuple(make_batch(dataset, [int(rows[place]) for place in sorted(b)]) for b in bins)
+    return bins
+
+
+class PackingUse(NamedTuple):
+    """How full micro-batches are: rows and micro-batches looked at, and the share of tokens used.
+
+    A row longer than a micro-batch counts as one that is full.
+    """
+
+    rows: int
+    micro_batches: int
+    used_ratio: float
+
+
+def measure_packing(
+    dataset: Dataset,
+    *,
+    seed: int,
+    rows_per_step: int,
+    micro_batch_tokens: int,
+    packing: bool = True,
+) -> PackingUse:
+    """How the first steps of the first epoch fill their micro-batches.
+
+    Args:
+        dataset: The rows.
+        seed: `train.seed`.
+        rows_per_step: Batch size times accumulation.
+        micro_batch_tokens: Tokens that a micro-batch may hold.
+        packing: Whether rows may share a micro-batch.
+    """
+    lengths = dataset.lengths
+    rows = micro_batches = 0
+    used_tokens = room_tokens = 0
+    for step in step_rows(dataset, epoch=0, seed=seed, rows_per_step=rows_per_step):
+        if rows >= _MEASURED_ROWS:
+            break
+        own = lengths[step]
+        sizes = [int(own[b].sum()) for b in _pack(own, micro_batch_tokens, packing=packing)]
+        rows += len(step)
+        micro_batches += len(sizes)
+        used_tokens += sum(sizes)
+        room_tokens += sum(max(size, micro_batch_tokens) for size in sizes)
+    return PackingUse(rows, micro_batches, used_tokens / max(1, room_tokens))
 
 
 def make_batch(dataset: Dataset, rows: Sequence[int]) -> Batch:

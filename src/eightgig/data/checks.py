@@ -6,6 +6,7 @@ repetitions, leaks into the held-out rows, lengths, answers, stop tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +158,9 @@ def order_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 def _count(found: Sequence[Finding], tokens: Tokenised, other: Tokenised | None) -> dict[str, int]:
     """How often each code was noticed, those that are not listed too."""
-    counts: dict[str, int] = {}
-    for finding in found:
-        counts[finding.code] = counts.get(finding.code, 0) + 1
+    # What is said of all rows together, in front of those that are named, is none of them.
+    named = Counter(finding.code for finding in found if finding.line is not None)
+    counts = {finding.code: named[finding.code] or 1 for finding in found}
     for part in (tokens, other):
         for code, number in () if part is None else part.counts.items():
             counts[code] = max(counts.get(code, 0), number)

@@ -5,7 +5,6 @@ Between processes go lengths, JSON and raw arrays; nothing that could be anythin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections import Counter
@@ -23,7 +22,7 @@ from eightgig.data.parse import parse_row
 from eightgig.data.raw import RawRow
 from eightgig.data.render import Renderer, TrainOn
 from eightgig.data.rules import Notes
-from eightgig.data.texts import RowText, describe_text
+from eightgig.data.texts import RowText, describe_text, hash_text
 from eightgig.data.tokenizer import RenderSettings
 from eightgig.data.turns import texts_of
 from eightgig.errors import Finding
@@ -69,7 +68,7 @@ class ChunkTokens:
         origins: Index in the chunk of the row each was rendered from, (rendered,), int64.
         content_keys: Hash of what each row of the chunk says, (rows,), uint64; 0 if it has errors.
         group_keys: Hash of its group, or of what it says, (rows,), uint64.
-        answer_keys: Hash of its last answer, (rows,), uint64; deep jobs only.
+        answer_keys: Hash of its answers, (rows,), uint64; deep jobs only.
         signatures: Its MinHash signature, (rows, SIGNATURE_SIZE), uint32; deep jobs only.
         findings: In the order of the rows.
         answers: Short answers by their hash, as text; deep jobs only.
@@ -151,7 +150,7 @@ class ChunkRenderer:
             rendered.extend(rows)
             origins.extend([index] * len(rows))
             keys[0, index] = content_key(example)
-            keys[1, index] = keys[0, index] if example.group is None else _hash(example.group)
+            keys[1, index] = keys[0, index] if example.group is None else hash_text(example.group)
         return ChunkTokens(
             input_ids=join([row.input_ids for row in rendered], np.int32),
             is_trained=join([row.is_trained for row in rendered], np.bool_),
@@ -181,16 +180,11 @@ def content_key(example: Example) -> int:
     for message in example.messages:
         texts = [_normal(text) for text in texts_of(message)]
         said.append((message["role"], texts, message.get("tool_calls")))
-    return _hash(json.dumps(said, ensure_ascii=False, default=str))
+    return hash_text(json.dumps(said, ensure_ascii=False, default=str))
 
 
 def _normal(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") or 1
 
 
 def join(parts: Sequence[NDArray[ScalarT]], dtype: type[ScalarT]) -> NDArray[ScalarT]:

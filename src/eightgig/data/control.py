@@ -7,24 +7,17 @@ character, which control tokens are its own. Those alone are tokenised as contro
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer, processors
-
+from eightgig.data.encode import ControlTokenLost, Encoded, TextEncoder
 from eightgig.data.turns import Message
 
-# Private-use characters: the first marks strings of a row, the second names of control tokens.
+# Private-use characters; one that a row does not hold marks its strings.
 _MARKS = tuple(chr(0xF1E00 + index) for index in range(64))
-_ALIAS = "\U000f1eff"
-_MARKUP = frozenset("<>[]|")
-
-
-class ControlTokenLost(Exception):
-    """A control token typed in a row cannot be kept apart from the template's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +40,6 @@ class RenderedText:
         return RenderedText(text, frozenset(p for p in kept if 0 <= p < len(text)))
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of a text, with the token that begins at a character."""
-
-    ids: tuple[int, ...]
-    _encoding: Encoding
-    _to_encoded: Callable[[int], int]
-
-    def token_at(self, position: int) -> int | None:
-        """Index of the token that begins at character `position`; None if none begins there."""
-        place = self._to_encoded(position)
-        index = self._encoding.char_to_token(place)
-        if index is None:
-            return None
-        span = self._encoding.token_to_chars(index)
-        return int(index) if span is not None and span[0] == place else None
-
-
 class ControlTokens:
     """The control tokens of a tokenizer under a template.
 
@@ -74,29 +49,26 @@ class ControlTokens:
     """
 
     def __init__(self, tokenizer_json: str, template: str) -> None:
-        self._json = tokenizer_json
-        added = json.loads(tokenizer_json).get("added_tokens", [])
-        self.ids: Mapping[str, int] = {
-            entry["content"]: entry["id"]
-            for entry in added
-            if entry["special"]
-            or (entry["content"] in template and _MARKUP & set(entry["content"]))
-        }
+        self._encoder = TextEncoder(tokenizer_json, template)
+        self.ids: Mapping[str, int] = self._encoder.control_ids
         longest_first = sorted(self.ids, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         firsts = sorted({content[0] for content in self.ids})
+        # A prompt and what it answers are looked at several times one after the other.
+        self._found = lru_cache(8)(self._find)
         self._firsts = re.compile("[" + "".join(map(re.escape, firsts)) + "]" if firsts else "(?!)")
-        self._plain = _load_tokenizer(tokenizer_json)
-        self._aliased: tuple[Tokenizer, Mapping[int, int]] | None = None
 
     def typed_in(self, text: str) -> frozenset[int]:
         """Where control tokens stand in a text that a person typed."""
         return frozenset(match.start() for match in self.pattern.finditer(text))
 
-    def real_in(self, rendered: RenderedText) -> list[re.Match[str]]:
+    def real_in(self, rendered: RenderedText) -> tuple[re.Match[str], ...]:
         """The control tokens of `rendered` that nobody typed, in order."""
+        return self._found(rendered)
+
+    def _find(self, rendered: RenderedText) -> tuple[re.Match[str], ...]:
         matches = self.pattern.finditer(rendered.text)
-        return [match for match in matches if match.start() not in rendered.typed]
+        return tuple(match for match in matches if match.start() not in rendered.typed)
 
     def render(
         self, render: Callable[[Any, Any], str], messages: Sequence[Message], tools: Sequence[Any]
@@ -176,68 +148,9 @@ class ControlTokens:
         Raises:
             ControlTokenLost: The text holds the character that is set aside for this.
         """
-        text = rendered.text
-        if not rendered.typed:
-            encoding = self._plain.encode(text, add_special_tokens=False)
-            return Encoded(tuple(encoding.ids), encoding, lambda position: position)
-        if _ALIAS in text:
-            raise ControlTokenLost(f"the private-use character U+{ord(_ALIAS):X}")
-        real = self.real_in(rendered)
-        starts = [match.start() for match in real]
-        pieces, last = [], 0
-        for start in starts:
-            pieces.append(text[last : start + 1])
-            last = start + 1
-        tokenizer, ids = self._alias_tokenizer()
-        encoding = tokenizer.encode(_ALIAS.join([*pieces, text[last:]]), add_special_tokens=False)
-        found = tuple(ids.get(token, token) for token in encoding.ids)
-        control = frozenset(self.ids.values())
-        if sum(token in control for token in found) != len(real):
-            raise ControlTokenLost("a control token that the tokenizer makes of ordinary text")
-        return Encoded(found, encoding, lambda p: p + sum(start < p for start in starts))
-
-    def _alias_tokenizer(self) -> tuple[Tokenizer, Mapping[int, int]]:
-        """The tokenizer with other names for its control tokens, and their ids -> true ids."""
-        if self._aliased is None:
-            aliases = {content: content[0] + _ALIAS + content[1:] for content in self.ids}
-            tokenizer = Tokenizer.from_str(_rename_tokens(self._json, aliases))
-            _as_it_is(tokenizer)
-            ids = {
-                number: self.ids[name]
-                for name, alias in aliases.items()
-                if (number := tokenizer.token_to_id(alias)) is not None
-            }
-            self._aliased = tokenizer, ids
-        return self._aliased
-
-
-def _load_tokenizer(tokenizer_json: str) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    _as_it_is(tokenizer)
-    return tokenizer
-
-
-def _as_it_is(tokenizer: Tokenizer) -> None:
-    """Neither cut, pad, add tokens, nor leave blanks out of offsets."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.post_processor = processors.Sequence([])
-
-
-def _rename_tokens(tokenizer_json: str, aliases: Mapping[str, str]) -> str:
-    described = json.loads(tokenizer_json)
-    for entry in described["added_tokens"]:
-        entry["content"] = aliases.get(entry["content"], entry["content"])
-    model = described["model"]
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        model["vocab"] = {aliases.get(name, name): number for name, number in vocabulary.items()}
-    else:
-        model["vocab"] = [[aliases.get(name, name), score] for name, score in vocabulary]
-    if model.get("unk_token") in aliases:
-        model["unk_token"] = aliases[model["unk_token"]]
-    described["post_processor"] = None
-    return json.dumps(described, ensure_ascii=False)
+        control = [match.start() for match in self.real_in(rendered)]
+        encode = self._encoder.encode_typed if rendered.typed else self._encoder.encode
+        return encode(rendered.text, control)
 
 
 def _free_mark(text: str) -> str:

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eightgig.data.rules import Notes, make_finding
-from eightgig.data.turns import ROLE_ALIASES, Message, check_order, read_messages, read_tools
+from eightgig.data.turns import (
+    ROLE_ALIASES,
+    Message,
+    check_order,
+    kind_of,
+    read_messages,
+    read_tools,
+)
 from eightgig.errors import Finding
 
 Format = Literal["messages", "prompt_completion", "sharegpt", "alpaca", "text"]
@@ -26,6 +33,9 @@ REQUIRED: Mapping[Format, tuple[str, ...]] = {
     "text": ("text",),
 }
 """Columns that a row of each format must have."""
+
+_EVERY_COLUMN = ("messages", "conversations", "prompt", "completion", "instruction", "input",
+                 "output", "text", "system", "tools")  # fmt: skip
 
 # What people call these columns, where the intent is plain.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -90,15 +100,39 @@ def _format_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Format | N
     return None
 
 
-def describe_columns(row: Mapping[str, Any], file: str, line: int) -> Finding:
+def check_columns(columns: Mapping[str, str], file: str) -> Finding | None:
+    """The finding that `data.columns` maps a name that nothing is read from, if it does."""
+    unknown = next((name for name in columns if name not in _EVERY_COLUMN), None)
+    if unknown is None:
+        return None
+    close = difflib.get_close_matches(unknown, _EVERY_COLUMN, n=1)
+    meant = f'Write "{close[0]}" there' if close else f"Use {', '.join(_EVERY_COLUMN)} there"
+    message = f'`data.columns` maps "{unknown}", which is not read.'
+    fix = f"{meant}; your own name stands behind the colon."
+    return make_finding("data.columns", message, file=file, fix=fix)
+
+
+def describe_columns(
+    row: Mapping[str, Any], columns: Mapping[str, str], file: str, line: int
+) -> Finding:
     """The finding that no format fits `row`, with the names that were probably meant."""
     names = sorted(str(key) for key in row)
+    listed = ", ".join(f'"{name}"' for name in names[:12]) or "no columns"
     if _TOKEN_COLUMNS & set(names):
         message = "The rows hold token ids, not text."
         return make_finding("data.tokens_column", message, file=file, line=line)
-    listed = ", ".join(f'"{name}"' for name in names[:12]) or "no columns"
+    absent = next((name for name in columns.values() if name not in row), None)
+    if absent is not None:
+        message = f'`data.columns` names "{absent}"; the columns are {listed}.'
+        fix = "Correct `data.columns`: expected name first, your name behind the colon."
+        return make_finding("data.columns", message, file=file, line=line, fix=fix)
     message = f"The columns are not known: {listed}."
-    guess = _guess_columns(names)
+    inside = next((name for name in names if _holds_rows(row[name])), None)
+    if inside is not None:
+        message = f'The rows are a list inside of one object, under "{inside}".'
+        fix = f"Write them as lines of their own: jq -c '.{inside}[]' OLD > NEW.jsonl"
+        return make_finding("data.columns", message, file=file, line=line, fix=fix)
+    guess = _guess_columns(row)
     if guess is None:
         return make_finding("data.columns", message, file=file, line=line)
     mapping = ", ".join(f"{expected}: {name}" for expected, name in guess.items())
@@ -106,8 +140,15 @@ def describe_columns(row: Mapping[str, Any], file: str, line: int) -> Finding:
     return make_finding("data.columns", message, file=file, line=line, fix=fix)
 
 
-def _guess_columns(names: Sequence[str]) -> dict[str, str] | None:
-    for wanted in (("messages",), ("prompt", "completion"), ("text",)):
+def _holds_rows(value: Any) -> bool:
+    """Whether `value` is a list of rows of a known format."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and _format_of(first, {}) is not None
+
+
+def _guess_columns(row: Mapping[str, Any]) -> dict[str, str] | None:
+    for wanted, kind in ((("messages",), list), (("prompt", "completion"), str), (("text",), str)):
+        names = [name for name in sorted(row) if isinstance(row[name], (kind, type(None)))]
         found: dict[str, str] = {}
         for expected in wanted:
             left = [name for name in names if name not in found.values()]
@@ -133,7 +174,7 @@ def read_example(row: Mapping[str, Any], shape: RowShape, notes: Notes) -> Examp
     for name in sorted(_TEMPLATE_COLUMNS & set(row)):
         if row[name] is not None:
             notes.add("data.template_column", f'The column "{name}" is ignored.')
-    values = {name: row.get(name) for name in (*_every_column(), *row)}
+    values = {name: row.get(name) for name in (*_EVERY_COLUMN, *row)}
     values.update({expected: row.get(name) for expected, name in shape.columns.items()})
     if not _has_columns(values, row, shape, notes):
         return None
@@ -149,11 +190,6 @@ def read_example(row: Mapping[str, Any], shape: RowShape, notes: Notes) -> Examp
     return _read_conversation(values, shape.format, group, notes)
 
 
-def _every_column() -> tuple[str, ...]:
-    return ("messages", "conversations", "prompt", "completion", "instruction", "input", "output",
-            "text", "system", "tools")  # fmt: skip
-
-
 def _has_columns(
     values: Mapping[str, Any], row: Mapping[str, Any], shape: RowShape, notes: Notes
 ) -> bool:
@@ -162,7 +198,7 @@ def _has_columns(
         return True
     other = _format_of({key: item for key, item in row.items() if item is not None}, {})
     if other is not None and other != shape.format:
-        message = f"The row has the format {other}, the rows before it {shape.format}."
+        message = f"The row has the format {other}, not {shape.format}."
         notes.add("data.mixed_format", message)
         return False
     name = shape.columns.get(missing[0], missing[0])
@@ -176,18 +212,12 @@ def _has_columns(
 def _text_of(values: Mapping[str, Any], name: str, notes: Notes) -> str | None:
     value = values[name]
     if not isinstance(value, str):
-        notes.add("data.column_type", f'The column "{name}" holds {_kind(value)}, not text.')
+        notes.add("data.column_type", f'The column "{name}" holds {kind_of(value)}, not text.')
         return None
     if not value.strip():
         notes.add("data.empty_turn", f'The column "{name}" is empty.')
         return None
     return value
-
-
-def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object",
-             list: "a list", type(None): "null"}  # fmt: skip
-    return kinds.get(type(value), type(value).__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,7 +336,7 @@ def _read_alpaca(values: Mapping[str, Any], notes: Notes) -> _Turns | None:
         return None
     extra = values.get("input")
     if extra is not None and not isinstance(extra, str):
-        notes.add("data.column_type", f'The column "input" holds {_kind(extra)}, not text.')
+        notes.add("data.column_type", f'The column "input" holds {kind_of(extra)}, not text.')
         return None
     question = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
     return _Turns(

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eightgig.data.control import ControlTokens, Encoded, RenderedText
+from eightgig.data.control import ControlTokens, RenderedText
+from eightgig.data.encode import Encoded
 from eightgig.data.served import Answer
-
-_SHORT_TAIL_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,6 @@ class RowLayout:
 
     def __init__(self, control: ControlTokens) -> None:
         self._control = control
-        self._tails: dict[str, tuple[int, ...]] = {}
 
     def lay_out(self, answers: Sequence[Answer], *, is_whole: bool) -> tuple[RenderedRow, ...]:
         """Rows that train `answers`, the turns of one conversation in order.
@@ -83,15 +81,7 @@ class RowLayout:
             return False
         # Control tokens cut a text into pieces that are tokenised apart, so that all tokens up to
         # the last one agree when the texts do; only what follows it can join with the answer.
-        return row.ids[first:count] == self._tail_ids(prompt.part(start))
-
-    def _tail_ids(self, tail: RenderedText) -> tuple[int, ...]:
-        """Tokens of the end of a prompt; the same short one ends nearly all."""
-        if tail.typed or len(tail.text) > _SHORT_TAIL_CHARS:
-            return self._control.encode(tail).ids
-        if tail.text not in self._tails:
-            self._tails[tail.text] = self._control.encode(tail).ids
-        return self._tails[tail.text]
+        return row.ids[first:count] == self._control.encode(prompt.part(start)).ids
 
     def _row(self, answers: list[Answer], encoded: Encoded) -> RenderedRow:
         """The row of the last of `answers`, tokenised as `encoded`, with all of them trained."""

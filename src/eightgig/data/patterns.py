@@ -11,40 +11,81 @@ from types import MappingProxyType
 
 from eightgig.data.rules import Notes
 
-_SECRETS: Mapping[str, re.Pattern[str]] = MappingProxyType(
+# Kind of secret -> what each of them holds, and its pattern. Most texts hold none of the first.
+_SECRETS: Mapping[str, tuple[tuple[str, ...], re.Pattern[str]]] = MappingProxyType(
     {
-        "a private key": re.compile(r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----"),
-        "an AWS access key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-        "a GitHub token": re.compile(r"\b(?:gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{50,90})\b"),
-        "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{30,40}\b"),
-        "an API key": re.compile(r"\bsk-(?:proj-|ant-|live-)?[A-Za-z0-9_-]{32,200}"),
-        "a Slack token": re.compile(r"\bxox[abprs]-[A-Za-z0-9-]{10,80}"),
-        "a Google API key": re.compile(r"\bAIza[0-9A-Za-z_-]{35}"),
-        "a signed web token": re.compile(r"\beyJ[\w-]{10,400}\.eyJ[\w-]{10,2000}\.[\w-]{10,600}"),
-        "an address with a password": re.compile(r"\b[a-z]{3,12}://[^\s/:@]{1,60}:[^\s/@]{3,80}@"),
+        "a private key": (
+            ("-----BEGIN",),
+            re.compile(r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----"),
+        ),
+        "an AWS access key": (
+            ("AKIA", "ASIA"),
+            re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+        ),
+        "a GitHub token": (
+            ("gho_", "ghp_", "ghr_", "ghs_", "ghu_", "github_pat_"),
+            re.compile(r"\b(?:gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{50,90})\b"),
+        ),
+        "a Hugging Face token": (("hf_",), re.compile(r"\bhf_[A-Za-z0-9]{30,40}\b")),
+        "an API key": (
+            ("sk-",),
+            re.compile(r"\bsk-(?:proj-|ant-|live-)?[A-Za-z0-9_-]{32,200}"),
+        ),
+        "a Slack token": (
+            ("xoxa-", "xoxb-", "xoxp-", "xoxr-", "xoxs-"),
+            re.compile(r"\bxox[abprs]-[A-Za-z0-9-]{10,80}"),
+        ),
+        "a Google API key": (("AIza",), re.compile(r"\bAIza[0-9A-Za-z_-]{35}")),
+        "a signed web token": (
+            ("eyJ",),
+            re.compile(r"\beyJ[\w-]{10,400}\.eyJ[\w-]{10,2000}\.[\w-]{10,600}"),
+        ),
+        "an address with a password": (
+            ("://",),
+            re.compile(r"\b[a-z]{3,12}://[^\s/:@]{1,60}:([^\s/@]{3,80})@([\w.-]{0,80})"),
+        ),
     }
 )
-_SECRET_HINTS = ("-----BEGIN", "AKIA", "ASIA", "gh", "hf_", "sk-", "xox", "AIza", "eyJ", "://")
-_MAIL = re.compile(r"\b[\w.+-]{1,64}@([\w-]{1,63}(?:\.[\w-]{1,63}){1,4})\b")
+_SAMPLE_PASSWORDS = frozenset(
+    {"pass", "passwd", "password", "pwd", "pw", "secret", "changeme", "postgres", "root", "xxx"}
+)
+_STAND_IN_PASSWORD = re.compile(r"[<>{}$\[\]]|^[*x]+$", re.IGNORECASE)
+_MAIL = re.compile(r"\b([\w.+-]{1,64})@([\w-]{1,63}(?:\.[\w-]{1,63}){1,4})\b")
+# Addresses of no person: of offices, and of programs (git@github.com:owner/name).
+_OFFICES = frozenset(
+    {"admin", "contact", "git", "hello", "help", "hr", "info", "jobs", "mail", "no-reply",
+     "noreply", "office", "orders", "press", "sales", "security", "service", "support", "team",
+     "user", "username", "webmaster", "your.email", "youremail", "you"}
+)  # fmt: skip
 _SAMPLE_DOMAINS = re.compile(
     r"(?:^|\.)(?:example\.(?:com|org|net)|example|test|invalid|localhost)$"
 )
-_DIGITS = re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d.,-]?\d)")
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+# What may not go before is asked behind the first character, so that few are looked at twice.
+_CARD = re.compile(r"[3-6](?<![\d.,-].)(?:[ -]?\d){12,18}(?![\d.,-]?\d)")
+_IBAN = re.compile(r"[A-Z](?<!\w.)[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 
 _CODE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`", re.DOTALL)
 _CODE_SIGNS = ("def ", "import ", "print(", "function ", "=>", "</", "#include", "class ",
-               "return ", 'f"', "f'", "{%", "console.", "const ")  # fmt: skip
+               "return ", 'f"', "f'", "{%", "console.", "const ", "{{#", "{{/", "{{>", "{{-",
+               "${{")  # fmt: skip
+# Names between braces; with anything else it is an expression of a template language.
 _PLACEHOLDER = re.compile(
-    r"\{\{\s?[A-Za-z_][\w .]{0,40}\}\}"
+    r"\{\{ ?(?!(?:this|else|end|yield)\b)[A-Za-z_]\w{0,40}(?:[ .]\w{1,40}){0,4} ?\}\}"
     r"|\{(?:instruction|input|output|question|answer|response|context|prompt|completion|query)\}"
-    r"|[\[<](?:INSERT|YOUR|ENTER|PLACEHOLDER|TODO|FILL)[A-Za-z _]{0,40}[\]>]"
+    r"|[\[<](?:INSERT|YOUR|ENTER|PLACEHOLDER|TODO|FILL)"
+    r"(?![A-Za-z _]{0,40}(?:KEY|TOKEN|SECRET|PASSWORD|ID|URL|HOST|PATH)\b)[A-Za-z _]{0,40}[\]>]"
     r"|\b[Ll]orem ipsum dolor"
+)
+_ABOUT_PLACEHOLDERS = re.compile(
+    r"placeholder|template|variable|curly|brac(?:es|kets)|jinja|mustache|handlebars|liquid|ansible"
+    r"|helm\b|\bvue\b|lorem ipsum (?!dolor)|platzhalter|vorlage|plantilla|modèle",
+    re.IGNORECASE,
 )
 _SPEAKER = re.compile(
     r"^(?:### ?(?:Response|Assistant|Answer|Output)|Assistant|ASSISTANT|AI|Bot) ?:", re.MULTILINE
 )
 _STAND_INS = frozenset({"nan", "null", "undefined", "<na>", "#n/a", "#ref!", "#value!"})
+_STAND_IN_CHARS = 40  # with blanks around it
 _MOJIBAKE = re.compile("\u00c3[\u0080-\u00bf]|\u00e2\u20ac[\u0080-\u2122]|\u00c2[\u00a0-\u00bf]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -57,14 +98,14 @@ def check_text(text: str, place: str, notes: Notes) -> None:
         place: Where it stands, for example `turn 2`.
         notes: Findings are added here.
     """
-    if text.strip().lower() in _STAND_INS:
+    if len(text) <= _STAND_IN_CHARS and text.strip().lower() in _STAND_INS:
         message = f'The text of {place} is only "{text.strip()}".'
         notes.add("data.stand_in", message)
     found = _CONTROL.search(text)
     if found is not None:
         code = f"U+{ord(found.group()):04X}"
         notes.add("data.control_character", f"The text of {place} holds the character {code}.")
-    found = _MOJIBAKE.search(text)
+    found = None if text.isascii() else _MOJIBAKE.search(text)
     if found is not None or "\ufffd" in text:
         sample = "\ufffd" if found is None else found.group()
         notes.add("data.mojibake", f'The text of {place} holds "{sample}".')
@@ -79,6 +120,11 @@ def check_text(text: str, place: str, notes: Notes) -> None:
         notes.add("data.personal", f"The text of {place} looks as if it held {personal}.")
 
 
+def is_about_placeholders(text: str) -> bool:
+    """Whether a row speaks of placeholders, so that those in it are meant."""
+    return _ABOUT_PLACEHOLDERS.search(text) is not None
+
+
 def check_plain_text(text: str, notes: Notes) -> None:
     """Note where a row of plain text looks like a conversation."""
     found = _SPEAKER.search(text)
@@ -89,7 +135,7 @@ def check_plain_text(text: str, notes: Notes) -> None:
 
 def find_placeholder(text: str) -> str | None:
     """A placeholder that was never filled in; code is not looked at."""
-    if not any(sign in text for sign in "{[<Ll"):
+    if not any(sign in text for sign in ("{", "[", "<", "orem ipsum")):
         return None
     prose = _CODE.sub("", text) if "`" in text else text
     if any(sign in prose for sign in _CODE_SIGNS):
@@ -100,25 +146,47 @@ def find_placeholder(text: str) -> str | None:
 
 def find_secret(text: str) -> str | None:
     """The kind of key or token that `text` holds, as far as it can be told."""
-    if not any(hint in text for hint in _SECRET_HINTS):
-        return None
-    return next((kind for kind, pattern in _SECRETS.items() if pattern.search(text)), None)
+    for kind, (hints, pattern) in _SECRETS.items():
+        if any(hint in text for hint in hints):
+            found = pattern.search(text)
+            if found is not None and not _is_sample(found):
+                return kind
+    return None
+
+
+def _is_sample(found: re.Match[str]) -> bool:
+    """Whether an address with a password is one of those that manuals write."""
+    if found.lastindex is None:
+        return False
+    password, host = found.groups()
+    return (
+        password.lower() in _SAMPLE_PASSWORDS
+        or _STAND_IN_PASSWORD.search(password) is not None
+        or _SAMPLE_DOMAINS.search(host.lower()) is not None
+    )
 
 
 def find_personal(text: str) -> str | None:
     """The kind of personal data that `text` holds, as far as it can be told."""
-    if "@" in text and any(not _SAMPLE_DOMAINS.search(m.lower()) for m in _MAIL.findall(text)):
+    if "@" in text and any(map(_is_of_a_person, _MAIL.finditer(text))):
         return "an e-mail address"
-    if any(_is_card(match.group()) for match in _DIGITS.finditer(text)):
+    if not any(digit in text for digit in "0123456789"):
+        return None
+    if any(_is_card(match.group()) for match in _CARD.finditer(text)):
         return "the number of a payment card"
     if any(_is_iban(match.group()) for match in _IBAN.finditer(text)):
         return "the number of a bank account"
     return None
 
 
+def _is_of_a_person(found: re.Match[str]) -> bool:
+    name, domain = found.group(1).lower(), found.group(2).lower()
+    return name not in _OFFICES and _SAMPLE_DOMAINS.search(domain) is None
+
+
 def _is_card(text: str) -> bool:
     digits = [int(character) for character in text if character.isdigit()]
-    if digits[0] not in (3, 4, 5, 6) or len(set(digits)) < 4:
+    if len(set(digits)) < 4:
         return False
     doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
     return (sum(doubled) + sum(digits[-1::-2])) % 10 == 0

@@ -30,6 +30,7 @@ from eightgig.data.formats import (
     Example,
     Format,
     RowShape,
+    check_columns,
     describe_columns,
     detect_format,
     read_example,
@@ -40,7 +41,7 @@ from eightgig.data.pool import WorkerPool
 from eightgig.data.raw import RawRow
 from eightgig.data.read import read_rows
 from eightgig.data.rules import TEXT_CODES, Notes
-from eightgig.data.sources import Source, find_sources
+from eightgig.data.sources import Source, find_sources, find_unused_split
 from eightgig.data.template import ChatTemplate
 from eightgig.data.texts import said_text
 from eightgig.data.tokenised import TOKEN_ARRAYS, SourceRows, Tokenised, TokenStore
@@ -103,6 +104,8 @@ def tokenise(
         # Here and not only where rows are rendered: a template that is no template is no bug.
         ChatTemplate(settings.chat_template, settings.special_tokens)
     sources, findings = find_sources(path, split=config.split)
+    if path == config.path:
+        findings += find_unused_split(sources, config.split)
     target = _cache_folder(config, sources, settings, preparation.cache_dir)
     if target is not None and not preparation.is_deep:
         known = _read_cached(target)
@@ -216,6 +219,9 @@ def _find_shape(
 ) -> RowShape | Finding:
     """How rows are read; a finding if no format fits any of the first ones."""
     columns = config.columns or {}
+    unread = check_columns(columns, name)
+    if unread is not None:
+        return unread
     known: Format | None = None if config.format == "auto" else config.format
     if known is None:
         parsed = [
@@ -226,7 +232,7 @@ def _find_shape(
         ]
         known = detect_format([value for _, value in parsed], columns)
         if known is None and parsed:
-            return describe_columns(parsed[0][1], name, parsed[0][0].line)
+            return describe_columns(parsed[0][1], columns, name, parsed[0][0].line)
     # Where not one row can be read, each says so itself; the format does not matter then.
     return RowShape(format=known or "messages", columns=columns, group_column=config.group_column)
 

@@ -10,10 +10,12 @@ import codecs
 import contextlib
 import gzip
 import io
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Literal, cast
 
 from eightgig.data.raw import MAX_ROW_BYTES, MAX_ROWS, RawRow, Read, read_lines, too_large
 from eightgig.data.read_json import read_json
@@ -60,7 +62,9 @@ def _limit_rows(name: str, rows: Read) -> Read:
 def _read_file(source: Source) -> Read:
     path = Path(source.name)
     if source.kind in ("parquet", "arrow"):
-        yield from (read_parquet if source.kind == "parquet" else read_arrow)(path)
+        read = read_parquet if source.kind == "parquet" else read_arrow
+        with _unpacked(path) as plain:
+            yield from read(plain, source.name)
         return
     with _open(path) as (head, file):
         if head[:2] in _UTF16_MARKS or (len(head) >= 2 and 0 in head[:2]):
@@ -78,12 +82,11 @@ def _read_file(source: Source) -> Read:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[bytes, IO[bytes]]]:
     """The first bytes and the file `path`, unpacked if it is packed, whatever its name says."""
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic.startswith(_GZIP_MAGIC):
+    packing = _packing(path)
+    if packing == "gzip":
         with gzip.open(path, "rb") as packed:
             yield packed.peek(4), cast("IO[bytes]", packed)
-    elif magic == _ZSTD_MAGIC:
+    elif packing == "zstd":
         from pyarrow import input_stream
 
         with input_stream(str(path), compression="zstd") as stream:
@@ -91,7 +94,28 @@ def _open(path: Path) -> Iterator[tuple[bytes, IO[bytes]]]:
             yield unpacked.peek(4), unpacked
     else:
         with path.open("rb") as file:
-            yield magic, file
+            yield file.peek(4), file
+
+
+def _packing(path: Path) -> Literal["gzip", "zstd"] | None:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic.startswith(_GZIP_MAGIC):
+        return "gzip"
+    return "zstd" if magic == _ZSTD_MAGIC else None
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    """`path`, or an unpacked copy of it: tables are not read from beginning to end."""
+    if _packing(path) is None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "table"
+        with _open(path) as (_, packed), plain.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+        yield plain
 
 
 def _read_lines(file: IO[bytes], name: str) -> Read:

@@ -96,21 +96,21 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def read_parquet(path: Path) -> Read:
-    """Rows of a Parquet file, some at a time."""
+def read_parquet(path: Path, name: str) -> Read:
+    """Rows of a Parquet file, some at a time; `name` stands in findings."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            yield from _read_batches(file.schema_arrow, file.iter_batches(_TABLE_ROWS), str(path))
+            yield from _read_batches(file.schema_arrow, file.iter_batches(_TABLE_ROWS), name)
     except pyarrow.ArrowException as error:
         message = f"The Parquet file is damaged: {_first_line(error)}."
-        yield make_finding("data.damaged_file", message, file=str(path))
+        yield make_finding("data.damaged_file", message, file=name)
 
 
-def read_arrow(path: Path) -> Read:
-    """Rows of an Arrow stream or file, which is mapped."""
+def read_arrow(path: Path, name: str) -> Read:
+    """Rows of an Arrow stream or file, which is mapped; `name` stands in findings."""
     import pyarrow
     from pyarrow import ipc
 
@@ -123,10 +123,10 @@ def read_arrow(path: Path) -> Read:
                 whole = ipc.open_file(file)
                 reader = whole
                 batches = (whole.get_batch(index) for index in range(whole.num_record_batches))
-            yield from _read_batches(reader.schema, batches, str(path))
+            yield from _read_batches(reader.schema, batches, name)
     except pyarrow.ArrowException as error:
         message = f"The Arrow file is damaged: {_first_line(error)}."
-        yield make_finding("data.damaged_file", message, file=str(path))
+        yield make_finding("data.damaged_file", message, file=name)
 
 
 def _read_batches(schema: Any, batches: Iterator[Any], name: str) -> Read:
@@ -151,15 +151,16 @@ def read_datasets(source: Source) -> Read:
         fix = "Correct `data.path`, or run: pip install 'eightgig[datasets]'."
         yield make_finding("data.datasets", message, file=source.name, fix=fix)
         return
+    name, _, subset = source.name.partition(":")
     try:
-        rows = datasets.load_dataset(source.name, split=source.split)
-    # The library raises its own errors, those of the hub and those of the network.
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        rows = datasets.load_dataset(name, subset or None, split=source.split)
+        for number, row in enumerate(rows, start=1):
+            yield table_row(number, {key: _without_nulls(row[key]) for key in row})
+    # The library raises its own errors, those of the hub, of the network and of decoders.
+    except (datasets.exceptions.DatasetsError, ImportError, OSError, ValueError,
+            RuntimeError) as error:  # fmt: skip
         message = f'The data set "{source.name}" cannot be loaded: {_first_line(error)}.'
         yield make_finding("data.datasets", message, file=source.name)
-        return
-    for number, row in enumerate(rows, start=1):
-        yield table_row(number, {key: _without_nulls(row[key]) for key in row})
 
 
 def _first_line(error: Exception) -> str:

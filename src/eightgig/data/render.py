@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from eightgig.data.control import ControlTokenLost, ControlTokens, RenderedText
+from eightgig.data.control import ControlTokens, RenderedText
+from eightgig.data.encode import ControlTokenLost
 from eightgig.data.formats import Example
 from eightgig.data.layout import RenderedRow, RowLayout
 from eightgig.data.rules import Notes

@@ -11,6 +11,9 @@ from types import MappingProxyType
 
 from eightgig.errors import Finding, Severity
 
+KEPT_FINDINGS = 100
+"""Findings of one code that are kept; the others are counted."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
@@ -47,6 +50,10 @@ _READING: Mapping[str, Rule] = {
         "Only JSONL, JSON, CSV, Parquet and Arrow files are read, plain or packed with gzip or "
         "zstd.",
         "Convert the file to JSONL: one JSON object per line.",
+    ),
+    "data.split_unused": _error(
+        "Only a `datasets` name or folder has splits; the whole file would be read.",
+        "Delete `data.split`, or name the file of that split in `data.path`.",
     ),
     "data.outside_link": _error(
         "A link inside a data folder could bring in any file of this machine.",
@@ -99,7 +106,8 @@ _READING: Mapping[str, Rule] = {
     ),
     "data.datasets": _error(
         "The rows cannot be read.",
-        "Check name and split, and log in with `hf auth login` if it is gated.",
+        "Check the name (owner/name:subset where there are several) and `data.split`, and log in "
+        "with `hf auth login` if it is gated.",
     ),
 }
 
@@ -114,7 +122,8 @@ _COLUMNS: Mapping[str, Rule] = {
     ),
     "data.mixed_format": _error(
         "All rows of a training must have one shape.",
-        "Convert the row, or put rows of another shape into a run of their own.",
+        "Convert the row, put rows of another shape into a run of their own, or correct "
+        "`data.format`.",
     ),
     "data.column_type": _error(
         "The column must hold text.", "Write the value as text, or delete the row."

@@ -114,6 +114,17 @@ def count_trained(dataset: Dataset) -> int:
     )
 
 
+def trained_per_row(dataset: Dataset) -> NDArray[np.int64]:
+    """Trained tokens of each row of `dataset`, (rows,), without holding all of them in memory."""
+    counts = np.zeros(dataset.num_rows, np.int64)
+    for rows in row_blocks(dataset.lengths):
+        offsets = dataset.offsets[rows.start : rows.stop + 1]
+        is_trained = dataset.labels[int(offsets[0]) : int(offsets[-1])] != IGNORE_INDEX
+        before = np.concatenate([[0], np.cumsum(is_trained)])
+        counts[rows] = np.diff(before[offsets - offsets[0]])
+    return counts
+
+
 def describe_dataset(dataset: Dataset, files: Sequence[Mapping[str, Any]]) -> Dataset:
     """`dataset` with its summary.
 

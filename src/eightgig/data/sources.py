@@ -7,7 +7,7 @@ Only files that the user named, or that a glob finds below its own folder, are r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,7 @@ _KINDS: dict[str, SourceKind] = {
 }
 _PACKED = (".gz", ".zst", ".zstd")
 _MAGIC = frozenset("*?[")
+_USUAL_SPLIT = "train"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,18 +36,19 @@ class Source:
     """One file, or one `datasets` name, with rows.
 
     Attributes:
-        name: Path or name as the user knows it; it stands in findings.
+        name: Path or name as the user knows it; it stands in findings. A `datasets` name may have
+            that of a subset behind it: `openai/gsm8k:main`.
         kind: How it is read.
         split: Split of a `datasets` name.
     """
 
     name: str
     kind: SourceKind
-    split: str = "train"
+    split: str = _USUAL_SPLIT
 
 
 def find_sources(
-    path: str | tuple[str, ...], *, split: str = "train"
+    path: str | tuple[str, ...], *, split: str = _USUAL_SPLIT
 ) -> tuple[tuple[Source, ...], tuple[Finding, ...]]:
     """The files and names that `path` stands for, in a fixed order, each once.
 
@@ -66,6 +68,19 @@ def find_sources(
             else:
                 findings.append(found)
     return tuple(sources.values()), tuple(findings)
+
+
+def find_unused_split(sources: Sequence[Source], split: str) -> tuple[Finding, ...]:
+    """The finding that `split` was set for `sources` that have none."""
+    if split == _USUAL_SPLIT or not sources or any(map(_has_split, sources)):
+        return ()
+    message = f"`data.split: {split}` has no effect on files."
+    return (make_finding("data.split_unused", message, file=sources[0].name),)
+
+
+def _has_split(source: Source) -> bool:
+    inside = Path(source.name).parent.name
+    return source.kind == "datasets" or (source.kind == "arrow" and inside == source.split)
 
 
 def _find(text: str, split: str) -> Iterable[Source | Finding]:
@@ -126,13 +141,16 @@ def _saved_dataset(folder: Path, split: str) -> Iterable[Source | Finding]:
         paths = [candidate / name for name in names]
         inside = candidate.resolve()
         if all(path.resolve().parent == inside for path in paths):
-            return [Source(name=str(path), kind="arrow") for path in paths]
+            return [Source(name=str(path), kind="arrow", split=split) for path in paths]
     message = f'"{folder}" is a folder.'
     return [make_finding("data.folder", message, file=str(folder))]
 
 
 def _is_hub_name(text: str) -> bool:
-    parts = text.split("/")
-    allowed = all(part and all(c.isalnum() or c in "-_." for c in part) for part in parts)
+    name, colon, subset = text.partition(":")
+    parts = [*name.split("/"), *([subset] if colon else [])]
+    allowed = all(
+        part[:1].isalnum() and all(c.isalnum() or c in "-_." for c in part) for part in parts
+    )
     has_data_suffix = Path(text.lower()).suffix in {*_KINDS, *_PACKED, ".txt"}
-    return allowed and len(parts) <= 2 and not text.startswith(".") and not has_data_suffix
+    return allowed and name.count("/") <= 1 and not has_data_suffix

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
+from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.runtime import LoopContext
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from eightgig.data.turns import Message
@@ -173,10 +174,14 @@ _HARMLESS = frozenset(
     {"get", "items", "keys", "values", "split", "rsplit", "strip", "lstrip", "rstrip",
      "startswith", "endswith", "upper", "lower", "title", "capitalize", "find", "count"}
 )  # fmt: skip
+_DICT_NAMES = frozenset(dir(dict))
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which need not look at harmless methods of plain values each time."""
+    """Jinja's sandbox with short ways for what templates do with plain values all the time.
+
+    They give what the sandbox gives; they only leave out questions whose answer is known.
+    """
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if attr in _HARMLESS and type(obj) in (str, dict):
@@ -184,6 +189,31 @@ class _Environment(ImmutableSandboxedEnvironment):
         if type(obj) in (_Namespace, LoopContext):
             return not attr.startswith("_")
         return super().is_safe_attribute(obj, attr, value)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_NAMES:
+            # No attribute, so it is a key.
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if kind in (str, dict) and attribute in _HARMLESS:
+            return getattr(obj, attribute)
+        if kind is _Namespace and attribute[0] != "_":
+            held = object.__getattribute__(obj, "_Namespace__attrs")
+            return held[attribute] if attribute in held else super().getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
+        kind = type(called)
+        is_plain = kind is BuiltinMethodType and type(called.__self__) in (str, dict)
+        if not is_plain and kind is not Macro and called is not _Namespace:
+            return super().call(context, called, *args, **kwargs)
+        # `getattr` gave the method out, or the template made the macro: they are safe to call, and
+        # only a macro wants something of the context.
+        kwargs.pop("_block_vars", None)
+        kwargs.pop("_loop_vars", None)
+        if kind is Macro:
+            return called(context.eval_ctx, *args, **kwargs)
+        return called(*args, **kwargs)
 
 
 def _environment() -> _Environment:
@@ -229,11 +259,20 @@ def _memory_limit(size_bytes: int | None) -> Iterator[None]:
         return
     import resource
 
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     before, hardest = resource.getrlimit(resource.RLIMIT_AS)
-    limit = pages * resource.getpagesize() + size_bytes
+    limit = _own_pages() * resource.getpagesize() + size_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, hardest))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (before, hardest))
+
+
+def _own_pages() -> int:
+    """Pages that this process has mapped."""
+    # Once or twice a row: without the layers of a file object.
+    file = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        return int(os.read(file, 64).split()[0])
+    finally:
+        os.close(file)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from eightgig.data.formats import Example
 from eightgig.data.near import piece_hashes, signature
-from eightgig.data.patterns import check_plain_text, check_text
+from eightgig.data.patterns import check_plain_text, check_text, is_about_placeholders
 from eightgig.data.rules import Notes
 from eightgig.data.turns import texts_of
 
@@ -33,14 +33,14 @@ _EDGES = np.array([edge for first, last, _ in _SCRIPTS for edge in (first, last 
 
 _WORDS: Mapping[str, str] = MappingProxyType(
     {
-        "English": "the and of is that for with this are you",
+        "English": "the and of is that for with this are you to what how a",
         "German": "der die und das ist nicht mit ein eine sie",
         "French": "le les des est une dans pour que vous sur",
         "Spanish": "el los las una por que con para del como",
         "Italian": "il gli che una per con sono della nel come",
         "Portuguese": "os uma que para com dos como mais por na",
         "Dutch": "het een van dat niet met zijn voor ook wordt",
-        "Polish": "nie jest na do to się jak dla przez oraz",
+        "Polish": "nie jest na że się jak dla przez oraz są",
         "Turkish": "bir ve bu için ile olarak daha çok gibi olan",
     }
 )
@@ -53,7 +53,7 @@ class RowText:
 
     Attributes:
         signature: MinHash signature of all it says, (SIGNATURE_SIZE,), uint32.
-        answer_key: Hash of its last answer; 0 for plain text.
+        answer_key: Hash of its answers; 0 for plain text.
         answer: That answer where it is short, else "".
         scripts: Letters per script.
         language: Language that its words look like; "" where they look like none.
@@ -81,13 +81,17 @@ def describe_text(example: Example, boilerplate: NDArray[np.uint64], notes: Note
     for number, message in enumerate(example.messages, start=1):
         for text in texts_of(message):
             check_text(text, f"turn {number}", own)
-    seen = {finding.code: finding for finding in reversed(own.findings)}
-    notes.findings.extend(reversed(seen.values()))
     said = said_text(example)
-    answer = "" if not example.messages else " ".join(texts_of(example.messages[-1])).strip()
+    seen = {finding.code: finding for finding in reversed(own.findings)}
+    if "data.placeholder" in seen and is_about_placeholders(said):
+        del seen["data.placeholder"]
+    notes.findings.extend(reversed(seen.values()))
+    # Of a conversation all answers: many end with the same thanks.
+    answers = (" ".join(texts_of(example.messages[index])) for index in example.trained)
+    answer = "\n".join(answers).strip()
     return RowText(
         signature=signature(piece_hashes(said), boilerplate),
-        answer_key=_hash(answer.lower()) if answer else 0,
+        answer_key=hash_text(answer.lower()) if answer else 0,
         answer=answer if len(answer) <= SHORT_ANSWER_CHARS else "",
         scripts=count_scripts(said),
         language=guess_language(said),
@@ -126,6 +130,7 @@ def guess_language(text: str) -> str:
     return best if scores[best] >= max(2, 0.04 * words.total()) else ""
 
 
-def _hash(text: str) -> int:
+def hash_text(text: str) -> int:
+    """Hash of `text` in 64 bits; never 0."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1

@@ -17,11 +17,9 @@ from eightgig.data.batches import IGNORE_INDEX
 from eightgig.data.cache import ArrayWriter
 from eightgig.data.chunks import Chunk, ChunkTokens
 from eightgig.data.formats import Format
+from eightgig.data.rules import KEPT_FINDINGS
 from eightgig.data.sources import Source
 from eightgig.errors import Finding, Severity
-
-KEPT_FINDINGS = 100
-"""Findings of one code that are kept; the others are counted."""
 
 TOKEN_ARRAYS: Mapping[str, type[np.generic]] = MappingProxyType(
     {
@@ -39,6 +37,7 @@ TOKEN_ARRAYS: Mapping[str, type[np.generic]] = MappingProxyType(
 # Errors that are true of every row, as the model and not the row is at fault.
 _OF_THE_MODEL = frozenset({"data.no_template", "data.no_end_of_turn"})
 _KEPT_ANSWERS = 10_000
+_NO_IDS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +62,7 @@ class TextFacts:
     """What the texts of all rows look like.
 
     Attributes:
-        answer_keys: Hash of the last answer of each row, (rows,), uint64; 0 where there is none.
+        answer_keys: Hash of the answers of each row, (rows,), uint64; 0 where there is none.
         signatures: MinHash signature of each row, (rows, SIGNATURE_SIZE), uint32.
         answers: Short answers by their hash.
         scripts: Letters per script.
@@ -171,7 +170,10 @@ class TokenStore:
         self._lines.extend(row.line for row in chunk.rows)
         self.num_bytes += sum(len(row.data) + 1 for row in chunk.rows)
         if tokens.signatures.size:
-            self._texts.append(tokens)
+            # Without the tokens, which are written already.
+            self._texts.append(
+                replace(tokens, input_ids=_NO_IDS, is_trained=_NO_IDS.astype(np.bool_), findings=())
+            )
         for finding in tokens.findings:
             self._keep(finding)
 

@@ -142,24 +142,6 @@ def _on_hub(name: str) -> str | None:
         return _from_config(Path(hf_hub_download(name, _CONFIG_FILE)))
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The chat template of `tokenizer`.
-
-    Raises:
-        DataError: The model has none.
-    """
-    template = _template_of(tokenizer)
-    if template is None:
-        raise DataError(
-            "The model has no chat template.",
-            why="Without one it is not known how a conversation becomes text; base models have "
-            "none.",
-            fix="Set `data.chat_template` to a template file or to the model's tuned sibling "
-            "(google/gemma-4-12B-it for google/gemma-4-12B).",
-        )
-    return template
-
-
 def _template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
     template = tokenizer.chat_template
     if isinstance(template, dict):

@@ -45,7 +45,7 @@ def texts_of(message: Message) -> list[str]:
 def read_messages(turns: Any, column: str, notes: Notes) -> tuple[Message, ...] | None:
     """The messages of one row; None, and an error in `notes`, if one of them is none."""
     if not isinstance(turns, list):
-        kind = "text that is no JSON list" if isinstance(turns, str) else type(turns).__name__
+        kind = "text that is no JSON list" if isinstance(turns, str) else kind_of(turns)
         notes.add("data.message_type", f'The column "{column}" holds {kind}, not a list of turns.')
         return None
     if not turns:
@@ -124,7 +124,7 @@ def _read_content(
     if isinstance(content, list):
         return _read_parts(content, number, notes)
     if not isinstance(content, str):
-        message = f"The content of turn {number} ({role}) is {_kind(content)}, not text."
+        message = f"The content of turn {number} ({role}) is {kind_of(content)}, not text."
         notes.add("data.content_type", message)
         return None
     may_be_empty = has_calls or role in ("tool", *_TURN_START)
@@ -135,8 +135,10 @@ def _read_content(
     return content
 
 
-def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+def kind_of(value: Any) -> str:
+    """What `value` is, in the words of JSON."""
+    kinds = {bool: "true or false", int: "a number", float: "a number", dict: "an object",
+             list: "a list", str: "text", type(None): "null"}  # fmt: skip
     return kinds.get(type(value), type(value).__name__)
 
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from eightgig.config import Config
-from eightgig.data.batches import IGNORE_INDEX, Dataset
+from eightgig.config import Choice, Config
+from eightgig.data.batches import Dataset, measure_packing
 from eightgig.data.load import limit_length
+from eightgig.data.select import trained_per_row
 from eightgig.errors import DoesNotFitError, Finding
 from eightgig.hardware.probe import Hardware
 from eightgig.memory.plan import Plan, make_plan
@@ -21,12 +20,12 @@ from eightgig.units import format_bytes
 
 
 class Fitted(NamedTuple):
-    """A plan, the rows that it takes, and what happened to rows that were too long."""
+    """A plan, the rows that it takes, and notices: of longer rows, and how full batches are."""
 
     plan: Plan
     rows: Dataset
     held_out: Dataset | None
-    findings: tuple[Finding, ...]
+    notices: tuple[object, ...]
 
 
 def fit_rows(
@@ -52,13 +51,36 @@ def fit_rows(
     rows, held_out = data
     measured = row_lengths(config, rows, held_out)
     plan = make_plan(spec, hardware, config, rows=measured, is_prepared=is_prepared)
-    if not plan.fits or measured.longest_tokens <= plan.max_length:
+    if not plan.fits:
         return Fitted(plan, rows, held_out, ())
     findings: list[Finding] = []
-    rows = limit_length(rows, plan.max_length, config.data.too_long, findings)
-    if held_out is not None:
-        held_out = limit_length(held_out, plan.max_length, config.data.too_long, findings)
-    return Fitted(plan, rows, held_out, tuple(findings))
+    if measured.longest_tokens > plan.max_length:
+        rows = limit_length(rows, plan.max_length, config.data.too_long, findings)
+        if held_out is not None:
+            held_out = limit_length(held_out, plan.max_length, config.data.too_long, findings)
+    packing = describe_packing(config, rows, plan.micro_batch_tokens)
+    return Fitted(plan, rows, held_out, (*findings, packing))
+
+
+def describe_packing(config: Config, rows: Dataset, micro_batch_tokens: int) -> Choice:
+    """How full the micro-batches of a step are."""
+    train = config.train
+    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    use = measure_packing(
+        rows,
+        seed=train.seed,
+        rows_per_step=rows_per_step,
+        micro_batch_tokens=micro_batch_tokens,
+        packing=config.data.packing,
+    )
+    steps = -(-use.rows // rows_per_step)
+    reason = (
+        f"{rows_per_step:,} rows a step in {use.micro_batches / steps:.1f} micro-batches of up to "
+        f"{micro_batch_tokens:,} tokens, without padding"
+        if config.data.packing
+        else "`data.packing` is off: every row has a micro-batch of its own"
+    )
+    return Choice(name="packing", value=f"{use.used_ratio:.0%} of the tokens used", reason=reason)
 
 
 def bind_layout(config: Config, plan_path: Path) -> Config:
@@ -103,11 +125,9 @@ def row_lengths(config: Config, rows: Dataset, held_out: Dataset | None) -> RowL
     """What the planner needs to know of the rows; held-out rows must pass, too."""
     train = config.train
     lengths = rows.lengths
-    is_trained = (rows.labels != IGNORE_INDEX).astype(np.int64)
-    loss_tokens = np.add.reduceat(is_trained, rows.offsets[:-1])
     measured = measure_rows(
         lengths.tolist(),
-        loss_tokens.tolist(),
+        trained_per_row(rows).tolist(),
         train.per_device_train_batch_size * train.gradient_accumulation_steps,
     )
     if held_out is None:

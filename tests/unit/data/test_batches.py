@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eightgig.data.batches import IGNORE_INDEX, Dataset, make_batch, pack_rows, step_rows
+from eightgig.data.batches import (
+    IGNORE_INDEX,
+    Dataset,
+    make_batch,
+    measure_packing,
+    pack_rows,
+    step_rows,
+)
 
 
 def make_dataset(lengths, trained=None):
@@ -130,3 +137,23 @@ def test_rows_of_a_step_are_used_well():
     dataset = make_dataset(lengths.tolist())
     batches = pack_rows(dataset, np.arange(400), micro_batch_tokens=2_048)
     assert sum(lengths) / (len(batches) * 2_048) > 0.95
+
+
+def test_the_use_of_micro_batches_is_that_of_their_tokens():
+    lengths = [70, 30, 60, 40, 90, 200]
+    dataset = make_dataset(lengths)
+    use = measure_packing(dataset, seed=1, rows_per_step=6, micro_batch_tokens=100)
+    # 70 + 30, 60 + 40, 90 of 100, and the one that is longer than a micro-batch.
+    assert use == (6, 4, (100 + 100 + 90 + 200) / (100 + 100 + 100 + 200))
+    alone = measure_packing(dataset, seed=1, rows_per_step=6, micro_batch_tokens=100, packing=False)
+    assert alone == (6, 6, sum(lengths) / 700)
+
+
+def test_the_use_of_micro_batches_is_measured_on_the_steps_of_the_seed():
+    dataset = make_dataset(np.random.default_rng(1).integers(20, 800, 90).tolist())
+    use = measure_packing(dataset, seed=7, rows_per_step=8, micro_batch_tokens=2_048)
+    steps = step_rows(dataset, epoch=0, seed=7, rows_per_step=8)
+    packed = [pack_rows(dataset, rows, micro_batch_tokens=2_048) for rows in steps]
+    assert use.rows == 90
+    assert use.micro_batches == sum(map(len, packed))
+    assert use.used_ratio == dataset.lengths.sum() / (use.micro_batches * 2_048)

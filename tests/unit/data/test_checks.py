@@ -218,7 +218,7 @@ def test_digits_and_signs_are_of_no_script():
     [("This is the answer to the question that you asked for.", "English"),
      ("Das ist die Antwort auf eine Frage, die nicht leicht ist.", "German"),
      ("C'est la réponse pour une question dans le livre que vous lisez.", "French"),
-     ("zuba defi gola", "")],
+     ("How to do this well?", "English"), ("zuba defi gola", "")],
 )  # fmt: skip
 def test_languages_are_guessed(text, language):
     assert guess_language(text) == language
@@ -244,7 +244,16 @@ def test_other_numbers_are_no_personal_data(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["{{ x }}", "{input}", "[INSERT DATE]", "<YOUR NAME HERE>", "Lorem ipsum dolor sit"]
+    "text",
+    [
+        "{{ x }}",
+        "{{user.name}}",
+        "{{ first name }}",
+        "{input}",
+        "[INSERT DATE]",
+        "<YOUR NAME HERE>",
+        "Lorem ipsum dolor sit",
+    ],
 )
 def test_placeholders_are_seen(text):
     assert patterns.find_placeholder(f"Dear {text}, hello") == text.removesuffix(" sit")
@@ -257,6 +266,52 @@ def test_code_and_markup_are_no_placeholders(text):
     assert patterns.find_placeholder(text) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["{{ .Values.x }}", "{{ range .Items }}", "${{ secrets.TOKEN }}", "{{ x | upper }}",
+     "{{#each x}}{{this}}{{/each}}", "curl -H <YOUR_API_KEY>", "{{> header}}"],
+)  # fmt: skip
+def test_expressions_of_template_languages_are_no_placeholders(text):
+    assert patterns.find_placeholder(text) is None
+
+
+def test_placeholders_in_a_row_about_them_are_meant(tmp_path, tokenizer):
+    answer = {"role": "assistant", "content": "Dear {{name}}, thank you."}
+    questions = ("Write a template of a letter.", "Write a letter to Mrs Smith.")
+    rows = [{"messages": [{"role": "user", "content": text}, answer]} for text in questions]
+    report = check(tmp_path, rows, tokenizer)
+    found = [f.line for f in report.findings if f.code == "data.placeholder"]
+    assert found == [2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["git clone git@github.com:psf/requests.git", "Ask support@acme.io", "noreply@acme.co"],
+)
+def test_addresses_of_offices_and_programs_are_not_personal(text):
+    assert patterns.find_personal(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "is_secret"),
+    [("postgres://app:hunter2@db.acme.io/x", True), ("mongodb+srv://a:Xy9_zQ@cluster0.x.net", True),
+     ("postgres://user:password@db.acme.io/x", False), ("https://me:${TOKEN}@host/x", False),
+     ("redis://me:hunter2@localhost:6379", False), ("amqp://a:<secret>@h", False),
+     ("ftp://anna:hunter2@example.com", False)],
+)  # fmt: skip
+def test_passwords_of_manuals_are_no_secrets(text, is_secret):
+    assert (patterns.find_secret(text) is not None) == is_secret
+
+
+def test_the_same_thanks_at_the_end_of_conversations_dominate_nothing(tmp_path, tokenizer):
+    rows = [
+        {"messages": [*chat_row(number)["messages"], {"role": "user", "content": "Thanks"},
+                      {"role": "assistant", "content": "You're welcome!"}]}
+        for number in range(40)
+    ]  # fmt: skip
+    assert "data.dominant_answer" not in codes(check(tmp_path, rows, tokenizer))
+
+
 PATTERNS = [value for value in vars(patterns).values() if isinstance(value, re.Pattern)]
 
 
@@ -264,7 +319,7 @@ PATTERNS = [value for value in vars(patterns).values() if isinstance(value, re.P
 def test_patterns_take_time_in_proportion_to_the_text(piece):
     text = piece * (400_000 // len(piece))
     start = time.process_time()
-    for pattern in [*PATTERNS, *patterns._SECRETS.values()]:
+    for pattern in [*PATTERNS, *(pattern for _, pattern in patterns._SECRETS.values())]:
         pattern.search(text)
     assert time.process_time() - start < 3.0
 

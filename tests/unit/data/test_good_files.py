@@ -205,6 +205,39 @@ def test_the_fix_for_unknown_columns_names_those_that_were_meant(tmp_path, token
     assert "data.columns: {prompt: question, completion: answer}" in finding.fix
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "message", "fix"),
+    [(PAIRS, {"promt": "prompt"}, 'maps "promt", which is not read', 'Write "prompt" there'),
+     (PAIRS, {"prompt": "ask", "completion": "completion"}, 'names "ask"; the columns', "Correct"),
+     ([{"data": PAIRS}], None, 'a list inside of one object, under "data"', "jq -c '.data[]'"),
+     ([{"train": 1, "test": [1]}], None, 'not known: "test", "train"', "Use messages")],
+)  # fmt: skip
+def test_columns_that_are_not_there_are_said(tmp_path, tokenizer, rows, columns, message, fix):
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    config = DataConfig(path=str(path), columns=columns)
+    (finding, *_) = check_data(config, tokenizer, workers=0).findings
+    assert (finding.severity, finding.code) == ("error", "data.columns")
+    assert message in finding.message
+    assert fix in finding.fix
+
+
+def test_a_split_of_files_has_no_effect_and_is_said(tmp_path, tokenizer):
+    path = str(write_lines(tmp_path / "rows.jsonl", ROWS))
+    report = check_data(DataConfig(path=path, split="test"), tokenizer, workers=0)
+    assert [f.code for f in report.findings if f.severity == "error"] == ["data.split_unused"]
+
+
+def test_the_split_of_a_saved_folder_is_used(tmp_path, tokenizer):
+    saved = saved_dataset(tmp_path)
+    (tmp_path / "both").mkdir()
+    saved.rename(tmp_path / "both" / "test")
+    held = str(write_lines(tmp_path / "held.jsonl", [chat_row(99)]))
+    config = DataConfig(path=str(tmp_path / "both"), split="test", held_out_path=held)
+    report = check_data(config, tokenizer, workers=0)
+    assert not report.has_errors
+    assert report.summary["good_rows"] == 24
+
+
 def test_a_set_format_is_taken(tmp_path, tokenizer):
     rows = [{**pair, "text": words(20, n)} for n, pair in enumerate(PAIRS)]
     path = write_lines(tmp_path / "rows.jsonl", rows)

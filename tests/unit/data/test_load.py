@@ -1,6 +1,7 @@
 """Training and held-out rows of a config."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,15 @@ import pytest
 
 from eightgig.config import DataConfig
 from eightgig.data.batches import IGNORE_INDEX
+from eightgig.data.cache import ArrayWriter
 from eightgig.data.checks import check_data
+from eightgig.data.chunks import Chunk, ChunkTokens
+from eightgig.data.formats import RowShape
 from eightgig.data.load import limit_length, load_dataset
 from eightgig.data.prepare import Preparation, tokenise
-from eightgig.data.select import select_rows
+from eightgig.data.raw import RawRow
+from eightgig.data.select import select_rows, trained_per_row
+from eightgig.data.tokenised import TokenStore
 from eightgig.data.tokenizer import PLAIN, render_settings
 from eightgig.errors import DataError
 from tests.chats import make_chat_tokenizer
@@ -310,6 +316,16 @@ def test_many_tokens_are_chosen_block_by_block(tmp_path, tokenizer, monkeypatch)
     assert isinstance(selected.input_ids, np.memmap)
 
 
+def test_trained_tokens_are_counted_row_by_row(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("eightgig.data.select._BLOCK_TOKENS", 100)
+    rows = [chat_row(number, 1 + number % 3) for number in range(12)]
+    config = DataConfig(path=str(write_lines(tmp_path / "rows.jsonl", rows)), held_out=0)
+    train = load_dataset(config, tokenizer).train
+    is_trained = (train.labels != IGNORE_INDEX).astype(int)
+    expected = np.add.reduceat(is_trained, train.offsets[:-1])
+    assert trained_per_row(train).tolist() == expected.tolist()
+
+
 # Cache
 
 
@@ -430,6 +446,35 @@ def test_leftovers_of_programs_that_ended_early_are_deleted(tmp_path, tokenizer)
     load_dataset(DataConfig(path=make_file(tmp_path)), tokenizer, cache_dir=tmp_path / "cache")
     assert not stale.exists()
     assert recent.exists()
+
+
+def test_a_check_holds_what_it_compares_and_no_tokens(tmp_path):
+    rows = tuple(RawRow(line=line, data=b"{}") for line in range(1, 5))
+    shape = RowShape(format="messages", columns={})
+    store = TokenStore((), ArrayWriter(tmp_path / "tokens"))
+    tracemalloc.start()
+    for _ in range(8):
+        tokens = ChunkTokens(
+            input_ids=np.arange(100_000, dtype=np.int32),
+            is_trained=np.ones(100_000, np.bool_),
+            lengths=np.full(4, 25_000),
+            origins=np.arange(4),
+            content_keys=np.arange(1, 5, dtype=np.uint64),
+            group_keys=np.arange(1, 5, dtype=np.uint64),
+            answer_keys=np.arange(1, 5, dtype=np.uint64),
+            signatures=np.ones((4, 64), np.uint32),
+            findings=(),
+            answers={},
+            scripts={},
+            languages={},
+        )
+        store.add(Chunk(file="rows.jsonl", shape=shape, rows=rows), tokens)
+    del tokens
+    held_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held_bytes < 400_000, "one chunk of the eight has 500,000"
+    store.close()
+    assert len(store.finish().input_ids) == 800_000
 
 
 def test_progress_is_told(tmp_path, tokenizer):

@@ -1,6 +1,8 @@
 """Rows come out of files with their lines, in bounded memory, from nowhere else."""
 
+import csv
 import gzip
+import io
 import json
 import sys
 import tracemalloc
@@ -8,7 +10,7 @@ import types
 
 import pyarrow as pa
 import pytest
-from pyarrow import parquet
+from pyarrow import ipc, parquet
 
 from eightgig.config import DataConfig
 from eightgig.data.checks import check_data
@@ -17,13 +19,38 @@ from eightgig.data.read import read_rows
 from eightgig.data.sources import Source, find_sources
 from eightgig.errors import Finding
 from tests.chats import make_chat_tokenizer
-from tests.unit.data.rows import chat_row, write_lines
+from tests.unit.data.rows import chat_row, pair_row, write_lines
 
 
 def read(path, kind="jsonl"):
     found = list(read_rows(Source(name=str(path), kind=kind)))
     rows = [item for item in found if isinstance(item, RawRow)]
     return rows, [item for item in found if isinstance(item, Finding)]
+
+
+def _zstd(data):
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+def _file_of(name, rows):
+    """The bytes of a file of `rows` whose kind is that of `name`."""
+    table, output = pa.Table.from_pylist(rows), io.BytesIO()
+    if name.endswith(".parquet"):
+        parquet.write_table(table, output)
+    elif name.endswith(".arrow"):
+        with ipc.new_stream(output, table.schema) as writer:
+            writer.write_table(table)
+    elif name.endswith(".csv"):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        output.write(text.getvalue().encode())
+    else:
+        lines = map(json.dumps, rows)
+        text = "\n".join(lines) if name.endswith(".jsonl") else f"[{', '.join(lines)}]"
+        output.write(text.encode())
+    return output.getvalue()
 
 
 def test_lines_are_counted_from_1_with_blank_ones(tmp_path):
@@ -124,7 +151,8 @@ def test_nulls_that_a_table_fills_in_are_left_out(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "is_hub"),
-    [("squad", True), ("owner/name", True), ("data/rows.jsonl", False), ("a/b/c", False),
+    [("squad", True), ("owner/name", True), ("owner/name:main", True), ("C:rows.jsonl", False),
+     ("owner/name:", False), ("a:b/c", False), ("data/rows.jsonl", False), ("a/b/c", False),
      ("../name", False), ("rows.parquet", False), ("name with blanks", False)],
 )  # fmt: skip
 def test_only_names_of_the_hub_are_asked_for_there(text, is_hub):
@@ -161,21 +189,21 @@ def _fake_datasets(load):
 def test_rows_of_a_hub_name_come_from_the_library(monkeypatch):
     asked = []
 
-    def load(name, split):
-        asked.append((name, split))
+    def load(name, subset, split):
+        asked.append((name, subset, split))
         return [chat_row(1), {**chat_row(2), "note": None}]
 
     monkeypatch.setitem(sys.modules, "datasets", _fake_datasets(load))
     tokenizer = make_chat_tokenizer("llama3")
     config = DataConfig(path="owner/name", split="dev")
     report = check_data(config, tokenizer, workers=0)
-    assert asked == [("owner/name", "dev")] * 2  # once to look for boilerplate
+    assert asked == [("owner/name", None, "dev")] * 2  # once to look for boilerplate
     assert report.summary["good_rows"] == 2
     assert not report.has_errors
 
 
 def test_a_hub_name_that_does_not_load_is_a_finding(monkeypatch):
-    def load(name, split):
+    def load(name, subset, split):
         raise FileNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
 
     monkeypatch.setitem(sys.modules, "datasets", _fake_datasets(load))
@@ -188,3 +216,54 @@ def test_without_the_library_the_fix_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     report = check_data(DataConfig(path="owner/nam"), make_chat_tokenizer("llama3"), workers=0)
     assert "eightgig[datasets]" in report.findings[0].fix
+
+
+def test_a_hub_name_may_have_a_subset(monkeypatch):
+    asked = []
+
+    def load(name, subset, split):
+        asked.append((name, subset, split))
+        return [{"question": "1 + 1", "answer": "2"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", _fake_datasets(load))
+    config = DataConfig(
+        path="openai/gsm8k:main", columns={"prompt": "question", "completion": "answer"}
+    )
+    report = check_data(config, make_chat_tokenizer("llama3"), workers=0)
+    assert asked == [("openai/gsm8k", "main", "train")] * 2
+    assert report.summary["files"][0]["path"] == "openai/gsm8k:main"
+    assert report.summary["good_rows"] == 1
+
+
+def test_rows_of_the_hub_that_cannot_be_decoded_are_a_finding(monkeypatch):
+    def load(name, subset, split):
+        yield chat_row(1)
+        raise ImportError("To support decoding images, please install 'Pillow'.")
+
+    monkeypatch.setitem(sys.modules, "datasets", _fake_datasets(load))
+    report = check_data(DataConfig(path="owner/name"), make_chat_tokenizer("llama3"), workers=0)
+    assert report.findings[0].code == "data.datasets"
+    assert "Pillow" in report.findings[0].message
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, _zstd])
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.arrow"]
+)
+def test_every_kind_of_file_may_be_packed(tmp_path, name, pack):
+    data = _file_of(name, [pair_row(number) for number in range(1, 25)])
+    suffix = ".gz" if pack is gzip.compress else ".zst"
+    for number in range(3):
+        (tmp_path / f"{number}-{name}{suffix}").write_bytes(pack(data))
+    config = DataConfig(path=f"{tmp_path}/*-{name}{suffix}")
+    report = check_data(config, make_chat_tokenizer("llama3"), workers=0)
+    assert [file["rows"] for file in report.summary["files"]] == [24, 24, 24]
+    assert not report.has_errors
+
+
+def test_a_packed_table_that_is_damaged_is_named_as_the_user_did(tmp_path):
+    data = _file_of("rows.parquet", [pair_row(1)])
+    path = tmp_path / "rows.parquet.gz"
+    path.write_bytes(gzip.compress(data[:-20]))
+    report = check_data(DataConfig(path=str(path)), make_chat_tokenizer("llama3"), workers=0)
+    assert [(f.code, f.file) for f in report.findings] == [("data.damaged_file", str(path))]

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from eightgig.cli import render
+from eightgig.cli.demo import SYSTEM_TURN
+from eightgig.evaluation.statistics import measure_label
 from eightgig.units import format_seconds
 
 if TYPE_CHECKING:
@@ -43,13 +45,12 @@ def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
         render.show_line(f"note: {note}")
     render.show_findings(evaluation.findings)
     verdict = evaluation.verdict
-    style = f"bold {_WORD_STYLES.get(verdict.word, 'yellow')}"
     render.show_note(f"rule: {verdict.rule}")
-    render.show_line(f"The tuned model: {verdict.word} ({verdict.reason})", style)
+    render.show_line(f"The tuned model: {verdict.word} ({verdict.reason})", _style(verdict.word))
 
 
 def show_demo(result: DemoResult, pairs: Sequence[AnswerPair], *, as_json: bool) -> None:
-    """Answers before and after, the scores, and where the run is."""
+    """Answers before and after, the scores, a chat, and where everything is."""
     if as_json:
         render.show_json(result)
         return
@@ -61,7 +62,19 @@ def show_demo(result: DemoResult, pairs: Sequence[AnswerPair], *, as_json: bool)
     table.add_row("loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
     table.add_row("exact match", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}")
     render.show_table(table)
-    render.show_line(f"Done in {format_seconds(result.seconds)}. Run folder: {result.run}")
+    render.show_line(f"The tuned model: {result.verdict}", _style(result.verdict))
+    render.show_line("Asked in a chat, as eightgig chat does it:")
+    render.show_text(Text.assemble(("  question  ", "bold"), result.question))
+    render.show_text(Text.assemble(("  answer    ", "bold"), result.answer))
+    spent, training = format_seconds(result.seconds), format_seconds(result.training_seconds)
+    render.show_line(f"Done in {spent}, {training} of it training.")
+    for name, place in (
+        ("Run folder", result.run),
+        ("Report", result.report),
+        ("Merged model", result.export),
+    ):
+        render.show_line(f"{name + ':':<14}{place}")
+    render.show_line(f'Ask it yourself: eightgig chat {result.run} --system "{SYSTEM_TURN}"')
 
 
 def show_pairs(pairs: Sequence[AnswerPair]) -> None:
@@ -72,6 +85,10 @@ def show_pairs(pairs: Sequence[AnswerPair]) -> None:
         render.show_text(Text.assemble(("  before  ", "dim"), pair.base))
         is_right = pair.tuned == pair.reference
         render.show_text(Text.assemble(("  after   ", "green" if is_right else "dim"), pair.tuned))
+
+
+def _style(word: str) -> str:
+    return f"bold {_WORD_STYLES.get(word, 'yellow')}"
 
 
 def _all_measures(evaluation: Evaluation) -> Iterator[Measure]:
@@ -124,7 +141,7 @@ def _measures(measures: Iterable[Measure], models: tuple[str, str]) -> Table:
     for measure in measures:
         change = measure.difference
         table.add_row(
-            measure.name.replace("_", " "),
+            measure_label(measure.name),
             f"{measure.first.value:.3f}",
             f"{measure.second.value:.3f}",
             f"{change.value:+.3f}",

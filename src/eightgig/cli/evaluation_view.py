@@ -40,7 +40,7 @@ def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
         _show_labels(evaluation.labels)
     if evaluation.null is not None:
         _show_null(evaluation.null)
-    show_pairs(evaluation.pairs)
+    show_pairs(evaluation.pairs, ("base", "tuned"))
     for note in evaluation.notes:
         render.show_line(f"note: {note}")
     render.show_findings(evaluation.findings)
@@ -54,7 +54,7 @@ def show_demo(result: DemoResult, pairs: Sequence[AnswerPair], *, as_json: bool)
     if as_json:
         render.show_json(result)
         return
-    show_pairs(pairs)
+    show_pairs(pairs, ("before", "after"))
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("held-out rows", "before", "after"):
         table.add_column(column, justify="left" if column == "held-out rows" else "right")
@@ -77,14 +77,15 @@ def show_demo(result: DemoResult, pairs: Sequence[AnswerPair], *, as_json: bool)
     render.show_line(f'Ask it yourself: eightgig chat {result.run} --system "{SYSTEM_TURN}"')
 
 
-def show_pairs(pairs: Sequence[AnswerPair]) -> None:
+def show_pairs(pairs: Sequence[AnswerPair], models: tuple[str, str]) -> None:
     """Some questions, the wanted answers and those of both models; first where these differ."""
+    first, second = (f"  {name:<8}" for name in models)
     for pair in sorted(pairs, key=lambda pair: pair.base == pair.tuned)[:_SHOWN_PAIRS]:
         render.show_text(Text.assemble(("question  ", "bold"), pair.question))
         render.show_text(Text.assemble(("  wanted  ", "dim"), pair.reference))
-        render.show_text(Text.assemble(("  before  ", "dim"), pair.base))
+        render.show_text(Text.assemble((first, "dim"), pair.base))
         is_right = pair.tuned == pair.reference
-        render.show_text(Text.assemble(("  after   ", "green" if is_right else "dim"), pair.tuned))
+        render.show_text(Text.assemble((second, "green" if is_right else "dim"), pair.tuned))
 
 
 def _style(word: str) -> str:
@@ -134,7 +135,7 @@ def _show_null(null: NullComparison) -> None:
 
 def _measures(measures: Iterable[Measure], models: tuple[str, str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("held-out rows")
+    table.add_column("measure")
     for column in (*models, "difference", "95 % interval", "p"):
         table.add_column(column, justify="right")
     table.add_column("verdict")

@@ -56,7 +56,7 @@ def test_500_rows_lower_the_held_out_loss(
         f"data: {{path: rows.jsonl, held_out: {_NUM_HELD_OUT}, max_length: 128}}\n"
         "train: {num_train_epochs: 1, learning_rate: 1.0e-3}\n"
         "memory: {device: cpu}\n"
-        "run: {name: first, save_minutes: 0}\n",
+        "run: {name: first, save_minutes: 0, eval_steps: 0}\n",
         encoding="utf-8",
     )
     assert main(["train", str(tmp_path / "config.yaml"), "--json"]) == 0

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from eightgig import __version__
+from eightgig.config import DEMO_MODEL
 from eightgig.data.preview import preview_row
+from eightgig.demo import demo_model_path
 from eightgig.disk import failure_cause
 from eightgig.errors import RunError
 from eightgig.evaluation.statistics import measure_label
@@ -190,6 +192,7 @@ def _measure_lines(measures: Iterable[Measure]) -> Iterable[str]:
 
 def _use(job: Job) -> list[str]:
     spec, rank = job.spec, job.config.lora.r
+    base = str(demo_model_path()) if spec.name == DEMO_MODEL else spec.name
     most = next((known for known in _VLLM_RANKS if known >= rank), rank)
     return [
         "## Use",
@@ -200,7 +203,7 @@ def _use(job: Job) -> list[str]:
         "from peft import PeftModel",
         f"from transformers import {spec.architecture}, AutoTokenizer",
         "",
-        f'base = {spec.architecture}.from_pretrained("{spec.name}")',
+        f'base = {spec.architecture}.from_pretrained("{base}")',
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
         "```",
@@ -208,7 +211,7 @@ def _use(job: Job) -> list[str]:
         "With vLLM:",
         "",
         "```",
-        f"vllm serve {spec.name} --enable-lora --max-lora-rank {most} \\",
+        f"vllm serve {base} --enable-lora --max-lora-rank {most} \\",
         "    --lora-modules tuned=PATH_OF_THIS_FOLDER",
         "```",
         "",

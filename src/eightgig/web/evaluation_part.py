@@ -104,17 +104,23 @@ def _named(measure: object, name: str) -> Iterator[Mapping[str, Any]]:
 def _measure_row(measure: Mapping[str, Any]) -> tuple[str, ...]:
     first, second = _mapping(measure.get("first")), _mapping(measure.get("second"))
     difference = _mapping(measure.get("difference"))
-    interval = f"{number(difference.get('low'), 3)} to {number(difference.get('high'), 3)}"
+    interval = f"{_value(difference, 'low')} to {_value(difference, 'high')}"
     return (
         str(measure["name"]),
         str(measure.get("verdict", "")),
-        number(first.get("value"), 3),
-        number(second.get("value"), 3),
-        number(difference.get("value"), 3),
+        _value(first),
+        _value(second),
+        _value(difference),
         interval,
         number(measure.get("p_value"), 2),
         number(measure.get("num_rows")),
     )
+
+
+def _value(interval: Mapping[str, Any], key: str = "value") -> str:
+    value = interval.get(key)
+    # What is left of sums in floating point is 0.
+    return number(round(value, 6) if isinstance(value, float) else value, 3)
 
 
 def _labels(labels: Mapping[str, Any]) -> str:

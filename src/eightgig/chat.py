@@ -305,8 +305,9 @@ def obey(conversation: Conversation, line: str) -> str | None:
     if command == "/reset":
         conversation.reset()
         return "A new conversation."
-    lead = "" if command == "/help" else f"{command} is no command. "
-    return lead + "; ".join(f"{name}: {what}" for name, what in COMMANDS.items())
+    lines = [] if command == "/help" else [f"{command} is no command. These are:"]
+    width = max(map(len, COMMANDS))
+    return "\n".join([*lines, *(f"{name:<{width}}  {what}" for name, what in COMMANDS.items())])
 
 
 def _generation_config(folder: Path) -> Mapping[str, Any]:

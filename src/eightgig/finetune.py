@@ -52,6 +52,7 @@ def finetune(
     from eightgig.models.find import find_base_model
     from eightgig.quant.fetch import checkpoint_of
     from eightgig.quant.store import is_prepared, open_store
+    from eightgig.training.card import data_facts
     from eightgig.training.deliver import deliver_adapter
     from eightgig.training.load import load_engine
     from eightgig.training.lock import lock_run
@@ -82,6 +83,7 @@ def finetune(
     with lock_run(run), log_to(run):
         write_json(run.plan_path, plan)
         write_json(run.environment_path, describe_environment(device=hardware.name))
+        write_json(run.data_path, data_facts(rows, held_out, tokenizer))
         store = open_store(
             found.spec,
             checkpoint_of(found),

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from eightgig.cli import demo
 from eightgig.cli.app import main
-from eightgig.cli.evaluation_view import show_evaluation
+from eightgig.cli.demo import DemoResult
+from eightgig.cli.evaluation_view import show_demo, show_evaluation
 from eightgig.config import Config, read_config
+from eightgig.demo import demo_data_path
 from eightgig.evaluation.records import Evaluation
 from eightgig.run import from_json
 
@@ -40,12 +43,69 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_the_demo_ends_with_one_line_of_scores(shown: list[str]) -> None:
     result = json.loads(shown[-1])
-    assert set(result) == {"before", "after", "seconds", "run"}
+    assert set(result) == {
+        "before", "after", "verdict", "question", "answer", "run", "report", "export",
+        "training_seconds", "seconds",
+    }  # fmt: skip
     for scores in (result["before"], result["after"]):
         assert set(scores) == {"loss", "exact_match"}
         assert 0 <= scores["exact_match"] <= 1
     assert result["after"]["loss"] < result["before"]["loss"]
     assert [json.loads(line)["step"] for line in shown[:-1]] == [1, 2]
+
+
+def test_the_demo_evaluates_asks_reports_and_exports(shown: list[str]) -> None:
+    result = json.loads(shown[-1])
+    run = Path(result["run"])
+    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    asked = evaluation["pairs"][0]
+    # The chat writes the prompt of the row, and takes the likeliest tokens, as the evaluation does.
+    assert result["question"] == asked["question"]
+    assert result["answer"].strip().startswith(asked["tuned"])
+    assert result["verdict"] == evaluation["verdict"]["word"]
+    page = Path(result["report"]).read_text(encoding="utf-8")
+    for part in ("curves", "evaluation", "answers", "data", "memory", "settings", "environment"):
+        assert f'<section id="{part}"' in page
+    assert "A row as the model sees it" in page
+    assert "<mark>" in page
+    record = json.loads((Path(result["export"]) / "export.json").read_text(encoding="utf-8"))
+    assert record["kind"] == "merged"
+    assert record["verification"]["is_verified"]
+    assert 0 < result["training_seconds"] < result["seconds"]
+
+
+def test_the_card_tells_of_the_data_and_the_evaluation_but_shows_no_row(
+    shown: list[str],
+) -> None:
+    run = Path(json.loads(shown[-1])["run"])
+    card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert card.count("## Evaluation") == 1
+    assert "| exact match | " in card
+    headings = [line for line in card.splitlines() if line.startswith("## ")]
+    assert headings == [
+        "## Data", "## Held-out loss", "## Evaluation", "## Use", "## Settings",
+    ]  # fmt: skip
+    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    for pair in evaluation["pairs"]:
+        assert pair["question"] not in card
+        assert pair["reference"] not in card
+
+
+def test_what_is_shown_in_the_end_names_everything(
+    shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = from_json(DemoResult, json.loads(shown[-1]))
+    show_demo(result, (), as_json=False)
+    text = capsys.readouterr().out
+    for words in (result.question, result.answer, result.run, result.report, result.export):
+        assert words in text
+    assert f"The tuned model: {result.verdict}" in text
+
+
+def test_the_system_turn_of_the_demo_is_that_of_its_rows() -> None:
+    lines = demo_data_path().read_text(encoding="utf-8").splitlines()
+    said = {turn["content"] for line in lines for turn in json.loads(line)["messages"][:1]}
+    assert said == {demo.SYSTEM_TURN}
 
 
 def test_the_run_of_the_demo_can_be_read_and_evaluated_again(
@@ -59,11 +119,28 @@ def test_the_run_of_the_demo_can_be_read_and_evaluated_again(
     evaluation = json.loads(capsys.readouterr().out)
     assert evaluation["loss"]["first"]["value"] == pytest.approx(result["before"]["loss"])
     assert evaluation["num_answers"] == 2
+    assert "2 of them were answered" in (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert "loss on general text" in report
+    assert report.count('<article class="pair">') == 2
     show_evaluation(from_json(Evaluation, evaluation), as_json=False)
     text = capsys.readouterr().out
     assert "exact match" in text
     assert "  wanted  " in text
     assert text.splitlines()[-1].startswith("The tuned model: ")
+
+
+def test_the_null_adapter_may_begin_worse_than_guessing(
+    shown: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(json.loads(shown[-1])["run"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run.parents[1] / "cache"))
+    assert main(["eval", str(run), "--null", "--max-answers", "2", "--json"]) == 0
+    evaluation = json.loads(capsys.readouterr().out)
+    first = (run / "null-adapter" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    assert json.loads(first)["loss"] > math.log(1024) + 0.5  # the names are of other messages
+    assert evaluation["null"]["tuned_loss"]["num_rows"] == 4
+    assert "Null adapter" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_that_is_no_run_cannot_be_evaluated(

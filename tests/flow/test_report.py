@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from eightgig.cli.app import main
 from eightgig.run import Run
 from eightgig.web.charts import Chart, describe_chart, draw_chart, nice_ticks, thin
 from eightgig.web.facts import Series
 from eightgig.web.report import write_report
+from tests import tiny, tiny_run
 from tests.runs import train_tiny
 
 _VOID = {"meta", "link", "br"}
@@ -77,6 +79,10 @@ EVALUATION = {
         "base": {"accuracy": 0.5, "macro_f1": 0.4, "confusion": [[5, 3, 2], [4, 6, 0]]},
         "tuned": {"accuracy": 0.9, "macro_f1": 0.9, "confusion": [[9, 1, 0], [1, 9, 0]]},
         "accuracy": measure("accuracy", 0.5, 0.9),
+    },
+    "null": {
+        "loss": measure("loss", 2.0, 1.8), "tuned_loss": measure("loss", 1.8, 1.0),
+        "exact_match": measure("exact_match", 0.1, 0.1), "tuned_exact_match": None,
     },
     "forgetting": {"source": "shipped", "loss": measure("loss", 2.5, 2.6), "num_texts": 20},
     "verdict": {"word": "better", "reason": "The loss fell.", "rule": "By the interval."},
@@ -140,7 +146,8 @@ def test_the_page_holds_every_part_of_the_run(run: Run) -> None:
     page = Page(text_of(run))
     for words in (
         "Loss in nats", "VRAM against the plan", "some/model", "A card", "held-out perplexity",
-        "Confusion matrices", "loss on general text", "Answers were cut.", "It forgot.",
+        "Confusion matrices", "loss on general text", "Null adapter", "null against tuned",
+        "Answers were cut.", "It forgot.",
         "2.000 to 0.796", "3.000 to 2.000", "layer slots", "torch", "messages", "slots",
     ):  # fmt: skip
         assert words in page.text, words
@@ -230,26 +237,60 @@ def test_a_run_that_was_trained_has_a_report(tmp_path: Path) -> None:
     page = Page(text_of(run))
     assert "Optimizer steps" in page.text
     assert "Loss in nats" in page.text
+    data = json.loads(run.data_path.read_text(encoding="utf-8"))
+    assert (data["train"]["rows"], data["held_out"]["rows"]) == (18, 6)
+    assert "files" not in data["train"]
+    trained = "".join(text for text, is_trained in data["sample"] if is_trained)
+    assert trained.startswith("It is")
+    assert "A row as the model sees it" in page.text
     assert "VRAM" not in page.text.split("Settings")[0]  # a processor has none
+
+
+def browse(page: Path, folder: Path, *, width: int) -> tuple[list[str], list[str], bytes]:
+    """What chromium says about `page`: lines of its console, addresses asked for, a picture."""
+    folder.mkdir()
+    log, picture = folder / "net.json", folder / "page.png"
+    done = subprocess.run(
+        [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+            "--no-first-run", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", "--hide-scrollbars", "--enable-logging=stderr",
+            f"--log-net-log={log}", f"--user-data-dir={folder / 'profile'}",
+            f"--window-size={width},3000", f"--screenshot={picture}", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    asked = re.findall(
+        r'"initiator":"([^"]*)"[^\n]*?"url":"([^"]*)"', log.read_text(encoding="utf-8")
+    )
+    # Chromium asks its makers for the time and the like: those requests have no page behind them.
+    return console, [url for page, url in asked if page != "not an origin"], picture.read_bytes()
+
+
+def test_a_run_that_a_guard_stopped_has_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.make_model("llama", tmp_path / "model")  # random, and too sure of itself
+    tiny_run.write_config(tmp_path, tiny_run.colour_rows(60), ())
+    assert main(["train", str(tmp_path / "config.yaml")]) == 3
+    assert "error: " in capsys.readouterr().err
+    page = Page((tmp_path / "runs" / "first" / "report.html").read_text(encoding="utf-8"))
+    assert "What else happened" in page.text
+    assert "A row as the model sees it" in page.text
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_browser_finds_no_fault_and_asks_for_nothing(run: Run, tmp_path: Path) -> None:
-    report = write_report(run)
-    log = tmp_path / "net.json"
-    done = subprocess.run(
-        [
-            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            f"--log-net-log={log}", f"--user-data-dir={tmp_path / 'profile'}",
-            "--window-size=390,3000", f"--screenshot={tmp_path / 'page.png'}",
-            report.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    assert (tmp_path / "page.png").stat().st_size > 10_000
-    requests = set(re.findall(r'"url":"([a-z]+:[^"]*)"', log.read_text(encoding="utf-8")))
-    assert {url for url in requests if url.startswith("http://a")} == set()
+    for width in (500, 1200):  # a phone; chromium has no narrower window
+        console, asked, picture = browse(write_report(run), tmp_path / f"{width}", width=width)
+        assert (console, asked) == ([], [])
+        assert len(picture) > 50_000
+    bad = tmp_path / "bad.html"
+    bad.write_text('<img src="http://elsewhere.invalid/a"><script>console.error("x")</script>')
+    console, asked, _ = browse(bad, tmp_path / "bad", width=500)
+    assert len(console) >= 1
+    assert asked == ["http://elsewhere.invalid/a"]
 
 
 def test_ticks_are_round_and_inside() -> None:

@@ -16,7 +16,7 @@ import typer
 
 from eightgig.cli import render
 from eightgig.config import read_config, starting_values, store_folder, write_example
-from eightgig.errors import DataError, DoesNotFitError, HardwareError
+from eightgig.errors import DataError, DoesNotFitError, HardwareError, TrainingStopped
 
 if TYPE_CHECKING:
     from eightgig.cli.inputs import Asked
@@ -208,8 +208,12 @@ def train(
                 observe=view.notice,
             ):
                 view.step(report)
-        except KeyboardInterrupt:
-            render.show_note(f"Interrupted. Go on with: {_resume_command(config, overrides or ())}")
+        except (KeyboardInterrupt, TrainingStopped) as stop:
+            if view.last_report is not None:
+                write_report(check_run(settings, resume=True))
+            if isinstance(stop, KeyboardInterrupt):
+                words = _resume_command(config, overrides or ())
+                render.show_note(f"Interrupted. Go on with: {words}")
             raise
     write_report(check_run(settings, resume=True))
     render.show_trained(settings, view.last_report, as_json=as_json)
@@ -266,7 +270,10 @@ def evaluate(  # noqa: PLR0913 - the arguments of a command are its options
     prepare_allocator()  # before torch is imported
     from eightgig.evaluation.evaluate import evaluate_run
     from eightgig.evaluation.passes import EvaluationOptions
+    from eightgig.evaluation.tuned_run import find_run
+    from eightgig.training.card import add_evaluation
     from eightgig.training.null_adapter import null_adapter_path, train_null_adapter
+    from eightgig.web.report import write_report
 
     options = EvaluationOptions(
         max_answers=max_answers,
@@ -279,6 +286,8 @@ def evaluate(  # noqa: PLR0913 - the arguments of a command are its options
             for report in train_null_adapter(run, view.notice, overrides=overrides or ()):
                 view.notice(f"null adapter: step {report.step}, loss {report.loss:.4f}")
         evaluation = evaluate_run(run, options, view.notice, overrides=overrides or ())
+    add_evaluation(find_run(run), evaluation)
+    write_report(find_run(run))
     show_evaluation(evaluation, as_json=as_json)
 
 

@@ -19,11 +19,14 @@ from eightgig.config import (
 )
 from eightgig.demo import demo_data_path
 from eightgig.finetune import finetune
+from eightgig.run import Run
 
 if TYPE_CHECKING:
     from eightgig.evaluation.records import AnswerPair, Evaluation
 
 HELD_OUT_ROWS = 60
+SYSTEM_TURN = "You file tickets for Kestrel Bikes."
+_ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,14 +43,24 @@ class DemoResult:
 
     Attributes:
         before, after: Scores of the base and of the tuned model.
-        seconds: Time for everything.
+        verdict: Whether the tuned model is better, in words.
+        question, answer: What the tuned model was asked in a chat, and what it said.
         run: The run folder.
+        report: The page about it.
+        export: Folder of the merged model.
+        training_seconds, seconds: Time for the training, and for everything.
     """
 
     before: Scores
     after: Scores
-    seconds: float
+    verdict: str
+    question: str
+    answer: str
     run: str
+    report: str
+    export: str
+    training_seconds: float
+    seconds: float
 
 
 def demo_config(output_dir: Path) -> Config:
@@ -65,32 +78,56 @@ def demo_config(output_dir: Path) -> Config:
 
 
 def run_demo(config: Config, view: TrainingView) -> tuple[DemoResult, tuple[AnswerPair, ...]]:
-    """Train, and compare base and tuned model on the rows held out.
+    """Train; evaluate on the rows held out; ask one question; write the report; export.
 
     Args:
         config: From `demo_config`.
         view: Shows the course of it.
 
     Returns:
-        Scores, and all answers side by side.
+        What came of it, and all answers side by side.
     """
     start_seconds = time.monotonic()
     for report in finetune(config, observe=view.notice):
         view.step(report)
+    training_seconds = time.monotonic() - start_seconds
     # Not before: these load torch, and `finetune` sets up its allocator first.
     from eightgig.evaluation.evaluate import evaluate_run
     from eightgig.evaluation.passes import EvaluationOptions
+    from eightgig.export.export import ExportOptions, export_run
+    from eightgig.training.card import add_evaluation
+    from eightgig.web.report import write_report
 
-    folder = Path(config.run.output_dir, config.run.name)
+    run = Run(folder=Path(config.run.output_dir, config.run.name))
     options = EvaluationOptions(max_answers=HELD_OUT_ROWS, has_general_text=False)
-    evaluation = evaluate_run(folder, options, view.notice)
+    evaluation = evaluate_run(run.folder, options, view.notice)
+    add_evaluation(run, evaluation)
+    question = evaluation.pairs[0].question
+    answer = _ask(run, question, view)
+    page = write_report(run)
+    export = export_run(run.folder, ExportOptions(kind="merged"), view.notice)
     result = DemoResult(
         before=_scores(evaluation, "first"),
         after=_scores(evaluation, "second"),
+        verdict=evaluation.verdict.word,
+        question=question,
+        answer=answer,
+        run=str(run.folder),
+        report=str(page),
+        export=str(export.folder),
+        training_seconds=training_seconds,
         seconds=time.monotonic() - start_seconds,
-        run=str(folder),
     )
     return result, evaluation.pairs
+
+
+def _ask(run: Run, question: str, view: TrainingView) -> str:
+    """What the tuned model says in a chat."""
+    from eightgig.chat import ChatOptions, open_conversation
+
+    options = ChatOptions(system=SYSTEM_TURN, max_new_tokens=_ANSWER_TOKENS)
+    with open_conversation(run.folder, options, view.notice) as conversation:
+        return "".join(conversation.ask(question))
 
 
 def _scores(evaluation: Evaluation, model: str) -> Scores:

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from eightgig.cli import render
+from eightgig.cli.demo import SYSTEM_TURN
+from eightgig.evaluation.statistics import measure_label
 from eightgig.units import format_seconds
 
 if TYPE_CHECKING:
@@ -38,22 +40,21 @@ def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
         _show_labels(evaluation.labels)
     if evaluation.null is not None:
         _show_null(evaluation.null)
-    show_pairs(evaluation.pairs)
+    show_pairs(evaluation.pairs, ("base", "tuned"))
     for note in evaluation.notes:
         render.show_line(f"note: {note}")
     render.show_findings(evaluation.findings)
     verdict = evaluation.verdict
-    style = f"bold {_WORD_STYLES.get(verdict.word, 'yellow')}"
     render.show_note(f"rule: {verdict.rule}")
-    render.show_line(f"The tuned model: {verdict.word} ({verdict.reason})", style)
+    render.show_line(f"The tuned model: {verdict.word} ({verdict.reason})", _style(verdict.word))
 
 
 def show_demo(result: DemoResult, pairs: Sequence[AnswerPair], *, as_json: bool) -> None:
-    """Answers before and after, the scores, and where the run is."""
+    """Answers before and after, the scores, a chat, and where everything is."""
     if as_json:
         render.show_json(result)
         return
-    show_pairs(pairs)
+    show_pairs(pairs, ("before", "after"))
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("held-out rows", "before", "after"):
         table.add_column(column, justify="left" if column == "held-out rows" else "right")
@@ -61,17 +62,34 @@ def show_demo(result: DemoResult, pairs: Sequence[AnswerPair], *, as_json: bool)
     table.add_row("loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
     table.add_row("exact match", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}")
     render.show_table(table)
-    render.show_line(f"Done in {format_seconds(result.seconds)}. Run folder: {result.run}")
+    render.show_line(f"The tuned model: {result.verdict}", _style(result.verdict))
+    render.show_line("Asked in a chat, as eightgig chat does it:")
+    render.show_text(Text.assemble(("  question  ", "bold"), result.question))
+    render.show_text(Text.assemble(("  answer    ", "bold"), result.answer))
+    spent, training = format_seconds(result.seconds), format_seconds(result.training_seconds)
+    render.show_line(f"Done in {spent}, {training} of it training.")
+    for name, place in (
+        ("Run folder", result.run),
+        ("Report", result.report),
+        ("Merged model", result.export),
+    ):
+        render.show_line(f"{name + ':':<14}{place}")
+    render.show_line(f'Ask it yourself: eightgig chat {result.run} --system "{SYSTEM_TURN}"')
 
 
-def show_pairs(pairs: Sequence[AnswerPair]) -> None:
+def show_pairs(pairs: Sequence[AnswerPair], models: tuple[str, str]) -> None:
     """Some questions, the wanted answers and those of both models; first where these differ."""
+    first, second = (f"  {name:<8}" for name in models)
     for pair in sorted(pairs, key=lambda pair: pair.base == pair.tuned)[:_SHOWN_PAIRS]:
         render.show_text(Text.assemble(("question  ", "bold"), pair.question))
         render.show_text(Text.assemble(("  wanted  ", "dim"), pair.reference))
-        render.show_text(Text.assemble(("  before  ", "dim"), pair.base))
+        render.show_text(Text.assemble((first, "dim"), pair.base))
         is_right = pair.tuned == pair.reference
-        render.show_text(Text.assemble(("  after   ", "green" if is_right else "dim"), pair.tuned))
+        render.show_text(Text.assemble((second, "green" if is_right else "dim"), pair.tuned))
+
+
+def _style(word: str) -> str:
+    return f"bold {_WORD_STYLES.get(word, 'yellow')}"
 
 
 def _all_measures(evaluation: Evaluation) -> Iterator[Measure]:
@@ -117,14 +135,14 @@ def _show_null(null: NullComparison) -> None:
 
 def _measures(measures: Iterable[Measure], models: tuple[str, str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("held-out rows")
+    table.add_column("measure")
     for column in (*models, "difference", "95 % interval", "p"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
     for measure in measures:
         change = measure.difference
         table.add_row(
-            measure.name.replace("_", " "),
+            measure_label(measure.name),
             f"{measure.first.value:.3f}",
             f"{measure.second.value:.3f}",
             f"{change.value:+.3f}",

@@ -101,6 +101,8 @@ class WorkView:
         elif is_done or now - self._shown_seconds >= _PLAIN_SECONDS:
             self._shown_seconds = now
             self._print(Text(line))
+        if is_done:  # the same work may come again
+            self._work = ""
 
     def rows(self, num_rows: int, share: float | None) -> None:
         """Rows are being read."""

@@ -24,6 +24,7 @@ from eightgig.units import format_bytes
 if TYPE_CHECKING:
     from eightgig.export.export import Export
     from eightgig.export.push import Upload
+    from eightgig.export.verify import Verification
     from eightgig.hardware.doctor import Examination
     from eightgig.hardware.facts import Facts
     from eightgig.hardware.nvml import Gpu
@@ -159,6 +160,8 @@ def show_export(export: Export, *, as_json: bool) -> None:
     if test is not None and test.is_verified:
         against = f" against {test.reference}" if test.reference else ""
         show_line(f"Tested{against}: {test.program}.", "green")
+        for line in _test_words(test):
+            show_line(f"  {line}")
     show_line(f"Exported: {export.folder}", "bold green")
 
 
@@ -186,6 +189,26 @@ def machine_words(machine: Hardware) -> str:
         else ""
     )
     return f"{machine.name}{vram}, {format_bytes(machine.host_total_bytes)} of main memory"
+
+
+def _test_words(test: Verification) -> Iterator[str]:
+    """How well an export agreed, in lines."""
+    found, allowed = test.agreement, test.tolerance
+    if found is not None and allowed is not None:
+        ties = f", {found.num_ties} part at a near tie" if found.num_ties else ""
+        yield (
+            f"{found.num_same_answers} of {found.num_prompts} greedy answers to {test.prompts} "
+            f"are the same{ties}."
+        )
+        yield (
+            f"The first token's distribution differs by {found.divergence:.2g} nats at most; "
+            f"{allowed.divergence:g} are allowed ({allowed.reason})."
+        )
+    if test.trained_loss is not None and test.exported_loss is not None:
+        yield (
+            f"Held-out loss: {test.trained_loss:.4f} as trained, {test.exported_loss:.4f} with "
+            "the exported weights."
+        )
 
 
 def _finding_text(finding: Finding, *, with_fix: bool = True) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eightgig.adapters.files import read_adapter
+from eightgig.disk import failure_cause
 from eightgig.engine.assemble import Engine
-from eightgig.errors import Finding
+from eightgig.errors import Finding, RunError
 from eightgig.evaluation.comparison import (
     compare_answers,
     compare_forgetting,
@@ -64,7 +65,7 @@ def evaluate_run(
         overrides: `memory.NAME=VALUE` settings for this machine.
 
     Raises:
-        RunError: There is no run, or it has not ended.
+        RunError: There is no run, it has not ended, or its folder cannot be written.
         DataError: No rows were held out, or a file cannot be used.
         DoesNotFitError: The model does not fit this machine.
         ModelError: Model or adapter is damaged, or they do not match.
@@ -86,8 +87,19 @@ def evaluate_run(
         engine.close()
     evaluation = _compare(work, passes, options, hear)
     evaluation = evaluation.finished(findings, seconds=time.monotonic() - start_seconds)
-    write_json(evaluation_path(tuned.run), evaluation)
+    _write(evaluation_path(tuned.run), evaluation)
     return evaluation
+
+
+def _write(path: Path, evaluation: Evaluation) -> None:
+    try:
+        write_json(path, evaluation)
+    except OSError as error:
+        raise RunError(
+            f"The evaluation was not written to {path}: {failure_cause(error)}.",
+            why="All of it is kept in that file, for the report and for the model card.",
+            fix="Free disk space, or make the run folder writable, and evaluate again.",
+        ) from error
 
 
 def _run_models(work: Work, engine: Engine, null_adapter: Path | None, observe: Observe) -> _Passes:

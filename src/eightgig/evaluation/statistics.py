@@ -20,6 +20,11 @@ CONFIDENCE = 0.95
 FEWEST_ROWS = 10
 """Fewer rows never decide anything."""
 
+_LABELS = {
+    "rouge_l": "ROUGE-L",
+    "json_valid": "JSON valid",
+    "general_loss": "loss on general text",
+}
 _RESAMPLES = 2000
 # Numbers in memory at a time, about 80 MB.
 _BLOCK_ELEMENTS = 10_000_000
@@ -142,6 +147,11 @@ def sign_test(differences: Floats) -> float:
         tail += term
         term = term * (count - number) // (number + 1)
     return min(1.0, 2 * tail / (1 << count))
+
+
+def measure_label(name: str) -> str:
+    """The name of a measure, for people."""
+    return _LABELS.get(name, name.replace("_", " "))
 
 
 def describe_rule() -> str:

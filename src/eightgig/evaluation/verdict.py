@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eightgig.evaluation.records import Verdict
-from eightgig.evaluation.statistics import Measure, Word, describe_rule
+from eightgig.evaluation.statistics import Measure, Word, describe_rule, measure_label
 
 MARGINS = {
     "loss": 0.02,
@@ -30,12 +30,12 @@ def decide(measures: Sequence[Measure]) -> Verdict:
     elif words and set(words) == {"same"}:
         word = "same"
     reason = "; ".join(
-        f"{measure.name.replace('_', ' ')} {measure.first.value:.3f} -> "
+        f"{measure_label(measure.name)} {measure.first.value:.3f} -> "
         f"{measure.second.value:.3f}: {measure.verdict}"
         for measure in measures
     )
     margins = ", ".join(
-        f"{measure.name.replace('_', ' ')} {MARGINS[measure.name]:g}" for measure in measures
+        f"{measure_label(measure.name)} {MARGINS[measure.name]:g}" for measure in measures
     )
     rule = (
         f"{describe_rule()} Margins: {margins}. Worse if any of these measures is worse; else "

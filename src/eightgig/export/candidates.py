@@ -64,6 +64,8 @@ def ask_transformers(
     from safetensors import SafetensorError
 
     model_class = getattr(transformers, spec.architecture)
+    draws_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(
             str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -74,6 +76,9 @@ def ask_transformers(
             why=str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error),
             fix="Check that the base model itself loads there; if it does, please report this.",
         ) from error
+    finally:
+        if draws_bars:
+            transformers.utils.logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
     if missing:
         raise ExportError(

@@ -147,6 +147,8 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
         values = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    if isinstance(values, dict) and values.get("do_sample") is False:
+        return {"temperature": 0}  # Ollama's own is 0.8
     if not isinstance(values, dict) or not values.get("do_sample"):
         return {}
     return {

@@ -62,7 +62,7 @@ def plan_upload(folder: Path, repository: str, *, is_private: bool = True) -> Up
         raise ExportError(
             f'"{repository}" is no name of a repository.',
             why="The hub knows repositories as user/name.",
-            fix="Write for example --push my-name/my-model.",
+            fix=f"Write for example: eightgig push {folder} my-name/my-model",
         )
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size

@@ -1,6 +1,6 @@
 """The run folder: its paths, and how it is created.
 
-Layout: `config.yaml, plan.json, environment.json, metrics.jsonl, events.jsonl, log.txt,
+Layout: `config.yaml, plan.json, environment.json, data.json, metrics.jsonl, events.jsonl, log.txt,
 checkpoints/step-000120/, adapter/, report.html`. Nothing here knows what a training is.
 """
 
@@ -39,6 +39,11 @@ class Run:
     def environment_path(self) -> Path:
         """Machine and versions."""
         return self.folder / "environment.json"
+
+    @property
+    def data_path(self) -> Path:
+        """Numbers of the rows, and one of them as the model sees it."""
+        return self.folder / "data.json"
 
     @property
     def metrics_path(self) -> Path:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from eightgig import __version__
+from eightgig.config import DEMO_MODEL
 from eightgig.data.preview import preview_row
-from eightgig.run import to_json
+from eightgig.demo import demo_model_path
+from eightgig.disk import failure_cause
+from eightgig.errors import RunError
+from eightgig.evaluation.statistics import measure_label
+from eightgig.run import Run, to_json, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from eightgig.data.batches import Dataset
+    from eightgig.evaluation.records import Evaluation
+    from eightgig.evaluation.statistics import Measure
     from eightgig.training.loop import Job
 
+CARD_NAME = "README.md"
+_EVALUATION = re.compile(r"^## Evaluation\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_USE = re.compile(r"(?=^## Use\n)|\Z", re.MULTILINE)
 _SAMPLE_TOKENS = 1500
 # vLLM takes adapters up to a rank that it is told; it knows these.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -58,6 +69,31 @@ def model_card(job: Job) -> str:
             "",
         ]
     )
+
+
+def add_evaluation(run: Run, evaluation: Evaluation) -> None:
+    """Put the result of `evaluation` into the card of the adapter, in place of an earlier one.
+
+    Measures alone: questions and answers are rows of the data.
+
+    Raises:
+        RunError: The card cannot be written.
+    """
+    path = run.adapter_path / CARD_NAME
+    if not path.is_file():
+        return
+    card = _EVALUATION.sub("", path.read_text(encoding="utf-8"))
+    place = _USE.search(card)
+    assert place is not None, "every text has an end"
+    section = "\n".join(_evaluation(evaluation)) + "\n"
+    try:
+        write_atomically(path, card[: place.start()] + section + card[place.start() :])
+    except OSError as error:
+        raise RunError(
+            f"The evaluation was not written into {path}: {failure_cause(error)}.",
+            why="The model card says how the adapter was measured; evaluation.json has it all.",
+            fix="Free disk space, or make the run folder writable, and evaluate again.",
+        ) from error
 
 
 def data_facts(
@@ -121,8 +157,42 @@ def _results(job: Job) -> list[str]:
     return ["## Held-out loss", "", "| step | loss |", "|---|---|", *table, ""]
 
 
+def _evaluation(evaluation: Evaluation) -> list[str]:
+    verdict, rows = evaluation.verdict, f"{evaluation.num_rows:,} held-out rows"
+    measures = [evaluation.loss, evaluation.perplexity, *evaluation.answers]
+    if evaluation.labels is not None:
+        measures.append(evaluation.labels.accuracy)
+    if evaluation.forgetting is not None:
+        measures.append(evaluation.forgetting.loss)
+    return [
+        "## Evaluation",
+        "",
+        f"Base model and adapter on the same {rows}; {evaluation.num_answers:,} of them were "
+        f"answered greedily. The adapter: **{verdict.word}** ({verdict.reason}).",
+        "",
+        "| measure | base | adapter | difference | 95 % interval | p | adapter is |",
+        "|---|---|---|---|---|---|---|",
+        *_measure_lines(measures),
+        "",
+        verdict.rule,
+        "",
+    ]
+
+
+def _measure_lines(measures: Iterable[Measure]) -> Iterable[str]:
+    for measure in measures:
+        change = measure.difference
+        yield (
+            f"| {measure_label(measure.name)} | {measure.first.value:.3f} "
+            f"| {measure.second.value:.3f} | {change.value:+.3f} "
+            f"| {change.low:+.3f} to {change.high:+.3f} | {measure.p_value:.2g} "
+            f"| {measure.verdict} |"
+        )
+
+
 def _use(job: Job) -> list[str]:
     spec, rank = job.spec, job.config.lora.r
+    base = str(demo_model_path()) if spec.name == DEMO_MODEL else spec.name
     most = next((known for known in _VLLM_RANKS if known >= rank), rank)
     return [
         "## Use",
@@ -133,7 +203,7 @@ def _use(job: Job) -> list[str]:
         "from peft import PeftModel",
         f"from transformers import {spec.architecture}, AutoTokenizer",
         "",
-        f'base = {spec.architecture}.from_pretrained("{spec.name}")',
+        f'base = {spec.architecture}.from_pretrained("{base}")',
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
         "```",
@@ -141,7 +211,7 @@ def _use(job: Job) -> list[str]:
         "With vLLM:",
         "",
         "```",
-        f"vllm serve {spec.name} --enable-lora --max-lora-rank {most} \\",
+        f"vllm serve {base} --enable-lora --max-lora-rank {most} \\",
         "    --lora-modules tuned=PATH_OF_THIS_FOLDER",
         "```",
         "",

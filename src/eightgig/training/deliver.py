@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eightgig.adapters.files import write_adapter
-from eightgig.training.card import model_card
+from eightgig.training.card import CARD_NAME, model_card
 from eightgig.training.loop import Job
 
 
@@ -21,7 +21,7 @@ def deliver_adapter(job: Job, tokenizer: Any) -> None:
     assert job.engine.adapter is not None
     job.start.optimizer.finish()
     files = _tokenizer_files(tokenizer)
-    files["README.md"] = model_card(job).encode("utf-8")
+    files[CARD_NAME] = model_card(job).encode("utf-8")
     write_adapter(
         job.run.adapter_path,
         spec=job.spec,

@@ -25,13 +25,16 @@ from eightgig.training.deliver import deliver_adapter
 from eightgig.training.load import load_engine
 from eightgig.training.lock import lock_run
 from eightgig.training.loop import Job, train
-from eightgig.training.resume import begin
+from eightgig.training.resume import Start, begin
 from eightgig.training.step import StepReport
 
 NULL_NAME = "null-adapter"
 """Run folder inside that of the run."""
 
 _STREAM = 0x5417_FFED
+# What these guards take for a fault is to be expected of answers to other questions: a loss above
+# that of guessing in the beginning, and one that hardly falls.
+_EXCUSED_GUARDS = frozenset({"first_loss", "flat"})
 
 
 def null_adapter_path(folder: Path) -> Path:
@@ -75,10 +78,17 @@ def train_null_adapter(
             spec, checkpoint_of(tuned.base), config.model, device=plan.device, progress=observe
         )
         loaded = load_engine(run, config, (spec, store), plan, observe)
-        start = begin(run, config, loaded, (spec, store), rows, observe)
+        start = _excused(begin(run, config, loaded, (spec, store), rows, observe))
         job = Job(run, config, spec, loaded.plan, rows, held_out, store, loaded.engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tuned.tokenizer)
+
+
+def _excused(start: Start) -> Start:
+    """`start` with guards that have said already what the shuffled answers would make them say."""
+    guards = start.state.guards
+    said = sorted(_EXCUSED_GUARDS.union(guards.get("said", ())))
+    return replace(start, state=replace(start.state, guards={**guards, "said": said}))
 
 
 def shuffle_answers(rows: Dataset, *, seed: int) -> Dataset:

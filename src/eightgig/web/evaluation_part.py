@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from eightgig.evaluation.statistics import measure_label
 from eightgig.web.html import folded, number, pairs_table, section, table, text
 
 _SHOWN_PAIRS = 20
@@ -18,9 +19,8 @@ def evaluation_section(evaluation: Mapping[str, Any]) -> str:
     parts = [_verdict(_mapping(evaluation.get("verdict")))]
     measures = list(_measures(evaluation))
     if measures:
-        head = ("measure", "tuned is", "base", "tuned", "difference", "95 % interval", "p", "rows")
-        rows = [_measure_row(measure) for measure in measures]
-        parts.append(table("Base against tuned on the same rows", head, rows, numbers=6))
+        parts.append(_comparison("Base against tuned on the same rows", "base", "tuned", measures))
+    parts.append(_null(_mapping(evaluation.get("null"))))
     parts.append(_labels(_mapping(evaluation.get("labels"))))
     notes = [str(note) for note in _list(evaluation.get("notes"))]
     notes += [
@@ -51,7 +51,7 @@ def _verdict(verdict: Mapping[str, Any]) -> str:
     word = str(verdict.get("word", ""))
     reason, rule = text(verdict.get("reason", "")), text(verdict.get("rule", ""))
     return (
-        f'<p>The tuned model is <strong class="{_style(word)}">{text(word)}</strong>. {reason}</p>'
+        f'<p>The tuned model: <strong class="{_style(word)}">{text(word)}</strong> ({reason}).</p>'
         f'<p class="soft">{rule}</p>'
     )
 
@@ -61,33 +61,66 @@ def _measures(evaluation: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for name in ("loss", "perplexity"):
         yield from _named(evaluation.get(name), f"held-out {name}")
     for measure in _mappings(evaluation.get("answers")):
-        yield from _named(measure, str(measure.get("name", "")))
+        yield from _named(measure, measure_label(str(measure.get("name", ""))))
     yield from _named(_mapping(evaluation.get("labels")).get("accuracy"), "label accuracy")
     yield from _named(_mapping(evaluation.get("forgetting")).get("loss"), "loss on general text")
-    null = _mapping(evaluation.get("null"))
-    yield from _named(null.get("loss"), "loss, base to null adapter")
-    yield from _named(null.get("tuned_loss"), "loss, null adapter to tuned")
+
+
+def _null(null: Mapping[str, Any]) -> str:
+    """The null adapter: what the form of answers is worth, and what their content is."""
+    tables = []
+    for first, second, loss, exact in (
+        ("base", "null", "loss", "exact_match"),
+        ("null", "tuned", "tuned_loss", "tuned_exact_match"),
+    ):
+        measures = [
+            *_named(null.get(loss), "held-out loss"),
+            *_named(null.get(exact), "exact match"),
+        ]
+        if measures:
+            caption = f"{first} against {second}"
+            tables.append(_comparison(caption, first, second, measures))
+    if not tables:
+        return ""
+    words = (
+        "The null adapter was trained on shuffled answers: what it gains is their form; what the "
+        "tuned model gains over it is their content."
+    )
+    return f'<h3>Null adapter</h3><p class="soft">{words}</p>{"".join(tables)}'
+
+
+def _comparison(
+    caption: str, first: str, second: str, measures: Sequence[Mapping[str, Any]]
+) -> str:
+    head = ("measure", f"{second} is", first, second, "difference", "95 % interval", "p", "rows")
+    return table(caption, head, [_measure_row(measure) for measure in measures], numbers=6)
 
 
 def _named(measure: object, name: str) -> Iterator[Mapping[str, Any]]:
     if isinstance(measure, dict) and "first" in measure:
-        yield {**measure, "name": name.replace("_", " ")}
+        yield {**measure, "name": name}
 
 
 def _measure_row(measure: Mapping[str, Any]) -> tuple[str, ...]:
     first, second = _mapping(measure.get("first")), _mapping(measure.get("second"))
     difference = _mapping(measure.get("difference"))
-    interval = f"{number(difference.get('low'))} to {number(difference.get('high'))}"
+    interval = f"{_value(difference, 'low')} to {_value(difference, 'high')}"
     return (
         str(measure["name"]),
         str(measure.get("verdict", "")),
-        number(first.get("value")),
-        number(second.get("value")),
-        number(difference.get("value")),
+        _value(first),
+        _value(second),
+        _value(difference),
         interval,
-        number(measure.get("p_value")),
+        number(measure.get("p_value"), 2),
         number(measure.get("num_rows")),
     )
+
+
+def _value(interval: Mapping[str, Any], key: str = "value") -> str:
+    value = interval.get(key)
+    # What is left of sums in floating point is 0.
+    return number(round(value, 6) if isinstance(value, float) else value, 3)
 
 
 def _labels(labels: Mapping[str, Any]) -> str:

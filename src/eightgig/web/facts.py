@@ -11,9 +11,6 @@ from typing import Any
 
 from eightgig.run import Run
 
-DATA_NAME = "data.json"
-"""Optional: `{"train": summary, "held_out": summary, "sample": [[text, is_trained], ...]}`."""
-
 EVALUATION_NAME = "evaluation.json"
 _MOST_BYTES = 256 << 20
 
@@ -49,7 +46,8 @@ class RunFacts:
         name: Of the folder.
         metrics: Lines of metrics.jsonl.
         events: Lines of events.jsonl.
-        plan, environment, evaluation, data: The JSON files.
+        plan, environment, evaluation: The JSON files.
+        data: data.json: `{"train": summary, "held_out": summary, "sample": [[text, is_trained]]}`.
         config: Text of config.yaml.
     """
 
@@ -94,7 +92,7 @@ def read_facts(run: Run) -> RunFacts:
         plan=_read_object(run.plan_path),
         environment=_read_object(run.environment_path),
         evaluation=_read_object(run.folder / EVALUATION_NAME),
-        data=_read_object(run.folder / DATA_NAME),
+        data=_read_object(run.data_path),
         config=_read_text(run.config_path),
     )
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eightgig.disk import failure_cause
+from eightgig.errors import RunError
 from eightgig.run import Run, write_atomically
 from eightgig.units import GIB, format_bytes, format_seconds
 from eightgig.web.charts import Chart, draw_chart, thin
@@ -33,12 +35,19 @@ def write_report(run: Run) -> Path:
     too.
 
     Raises:
-        OSError: The folder cannot be written.
+        RunError: The folder cannot be written.
     """
     facts = read_facts(run)
     charts = make_charts(facts)
-    write_atomically(run.report_path, report_page(facts, charts))
-    write_curves(run.folder, charts, title=facts.name)
+    try:
+        write_atomically(run.report_path, report_page(facts, charts))
+        write_curves(run.folder, charts, title=facts.name)
+    except OSError as error:
+        raise RunError(
+            f"The report was not written to {run.report_path}: {failure_cause(error)}.",
+            why="Adapter, checkpoints and numbers of the run are there; this page shows them.",
+            fix=f"Free disk space, then run: eightgig eval {run.folder}",
+        ) from error
     return run.report_path
 
 
@@ -225,11 +234,20 @@ def _shown(chart: Chart, value: float) -> str:
 
 def _data(data: Mapping[str, Any]) -> str:
     parts = []
-    for key, title in (("train", "Trained rows"), ("held_out", "Held-out rows")):
-        summary = data.get(key)
-        if isinstance(summary, dict):
-            shown = {name: _plain(value) for name, value in summary.items() if name != "files"}
-            parts.append(pairs_table(title, shown))
+    summaries = [
+        (title, summary)
+        for key, title in (("train", "trained"), ("held_out", "held out"))
+        if isinstance(summary := data.get(key), dict)
+    ]
+    if summaries:
+        head = ("", *(title for title, _ in summaries))
+        names = dict.fromkeys(name for _, summary in summaries for name in summary)
+        rows = [
+            (name.replace("_", " "), *(_plain(summary.get(name, "")) for _, summary in summaries))
+            for name in names
+            if name != "files"
+        ]
+        parts.append(table("Rows", head, rows))
     sample = data.get("sample")
     if isinstance(sample, list) and sample:
         parts.append(
@@ -262,10 +280,10 @@ def _sample(tokens: Sequence[Any]) -> str:
 
 def _memory(plan: Mapping[str, Any]) -> str:
     parts = []
-    for key, title in (
-        ("breakdown", "Device memory at the peak, as planned"),
-        ("host_breakdown", "Main memory, as planned"),
-    ):
+    kinds = [("host_breakdown", "Main memory, as planned")]
+    if plan.get("device") != "cpu":  # there it is the same memory
+        kinds.insert(0, ("breakdown", "Device memory at the peak, as planned"))
+    for key, title in kinds:
         items = plan.get(key)
         if isinstance(items, dict) and any(items.values()):
             rows = [

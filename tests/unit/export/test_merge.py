@@ -26,7 +26,7 @@ from tests import tiny
 from tests.unit.export.adapters import peft_logits, transformers_logits, write_random_adapter
 from tests.unit.quant.checkpoints import quantize_checkpoint
 
-FAMILIES = [*tiny.TRAINABLE_FAMILIES, "gemma3"]
+FAMILIES = tiny.ALL_FAMILIES
 # Lower ids are control tokens; Transformers looks for images where an image token stands.
 IDS = torch.arange(40, 64)[None]
 

@@ -82,6 +82,9 @@ def test_a_modelfile_names_the_gguf_the_stops_and_the_sampling(tmp_path: Path) -
     ]
     values["do_sample"] = False
     (tmp_path / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
+    assert sampling_defaults(tmp_path) == {"temperature": 0}
+    del values["do_sample"]
+    (tmp_path / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
     assert sampling_defaults(tmp_path) == {}
     assert sampling_defaults(tmp_path / "nowhere") == {}
 

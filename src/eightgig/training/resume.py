@@ -10,6 +10,7 @@ from eightgig.adapters.files import read_adapter
 from eightgig.adapters.lora import Adapter
 from eightgig.config import Config, LoraConfig
 from eightgig.data.batches import Dataset
+from eightgig.disk import Disk
 from eightgig.engine.assemble import Engine
 from eightgig.errors import ModelError, RunError
 from eightgig.models.spec import ModelSpec
@@ -19,6 +20,7 @@ from eightgig.training.checkpoint import TrainingState, find_checkpoint, read_ch
 from eightgig.training.guards import forget_speed
 from eightgig.training.identity import RunIdentity, explain_differences, identify_run
 from eightgig.training.optimizer import Optimizer, make_optimizer
+from eightgig.training.rotation import sweep
 
 START = TrainingState(
     step=0,
@@ -127,4 +129,6 @@ def resume_run(
     adapter.load(checkpoint.adapter)
     if checkpoint.optimizer:
         optimizer.load_state_tensors(checkpoint.optimizer)
+    # Only now: all that is damaged has been set aside, so what is swept was replaced by better.
+    sweep(run.checkpoints_path, Disk())
     return replace(checkpoint.state, guards=forget_speed(checkpoint.state.guards))

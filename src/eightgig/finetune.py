@@ -84,7 +84,7 @@ def finetune(
         engine = assemble(found.spec, store, plan, config.lora, seed=config.train.seed)
         for item in (*engine.choices, describe_trainable(engine, found.spec.decoder)):
             observe(item)
-        start = begin(run, config, engine, (found.spec, store), rows, observe)
+        start = begin(run, config, engine, (found.spec, store), (rows, held_out), observe)
         job = Job(run, config, found.spec, plan, rows, held_out, store, engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tokenizer)

@@ -73,7 +73,7 @@ def train_null_adapter(
             spec, checkpoint_of(tuned.base), config.model, device=plan.device, progress=observe
         )
         engine = assemble(spec, store, plan, config.lora, seed=config.train.seed)
-        start = begin(run, config, engine, (spec, store), rows, observe)
+        start = begin(run, config, engine, (spec, store), (rows, None), observe)
         job = Job(run, config, spec, plan, rows, held_out, store, engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tuned.tokenizer)

@@ -18,7 +18,12 @@ from eightgig.quant.store import Store
 from eightgig.run import Run
 from eightgig.training.checkpoint import TrainingState, find_checkpoint, read_checkpoint
 from eightgig.training.guards import forget_speed
-from eightgig.training.identity import RunIdentity, explain_differences, identify_run
+from eightgig.training.identity import (
+    RunIdentity,
+    explain_differences,
+    identify_run,
+    model_fingerprint,
+)
 from eightgig.training.optimizer import Optimizer, make_optimizer
 from eightgig.training.rotation import sweep
 
@@ -40,10 +45,12 @@ def begin(
     config: Config,
     engine: Engine,
     source: tuple[ModelSpec, Store],
-    rows: Dataset,
+    data: tuple[Dataset, Dataset | None],
     observe: Callable[[object], None],
 ) -> Start:
     """Optimizer and state to train with; the adapter is loaded where there is one to go on from.
+
+    `data` are the rows trained on, and those held out.
 
     Raises:
         ModelError: `lora.init_adapter` does not match.
@@ -54,7 +61,13 @@ def begin(
     assert adapter is not None and gradients is not None
     start_adapter(adapter, config.lora, spec)
     optimizer = make_optimizer(adapter, gradients, config.train)
-    identity = identify_run(config, data_fingerprint=rows.fingerprint, model_key=store.manifest.key)
+    rows, held_out = data
+    identity = identify_run(
+        config,
+        data_fingerprint=rows.fingerprint,
+        held_out_fingerprint=held_out.fingerprint if held_out else "",
+        model_key=model_fingerprint(spec.decoder, store.manifest.key),
+    )
     state = resume_run(run, identity, adapter, optimizer, observe)
     return Start(optimizer=optimizer, identity=identity, state=state)
 

@@ -100,7 +100,7 @@ def test_other_data_is_named_with_the_file() -> None:
     (finding,) = explain_differences(_identify(), other)
     assert finding.message == "The training data changed (data.jsonl -> other.jsonl)."
     (finding,) = explain_differences(_identify(), _identify(data="e"))
-    assert finding.message == "The training data changed (same name, other content)."
+    assert finding.message == "The training data changed (same name, other rows or other tokens)."
 
 
 def test_another_model_is_named() -> None:

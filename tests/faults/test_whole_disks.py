@@ -46,7 +46,7 @@ def num_operations(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> in
     return len(operations)
 
 
-@_few_or_many(2, 40)
+@_few_or_many(2, 20)
 def test_killed_at_any_operation(
     trials: int, bench: Bench, num_operations: int, tally: Tally
 ) -> None:
@@ -65,7 +65,7 @@ def test_killed_at_any_operation(
     assert not wrong
 
 
-@_few_or_many(2, 40)
+@_few_or_many(2, 20)
 def test_a_power_cut_costs_one_interval_at_most(
     trials: int, bench: Bench, num_operations: int, tally: Tally
 ) -> None:
@@ -90,7 +90,7 @@ def test_a_power_cut_costs_one_interval_at_most(
     assert not wrong
 
 
-@_few_or_many(2, 40)
+@_few_or_many(2, 20)
 def test_disk_errors_do_not_end_a_training(
     trials: int, bench: Bench, num_operations: int, tally: Tally
 ) -> None:

@@ -188,22 +188,22 @@ def non_finite_files(folder: Path) -> list[str]:
     ]
 
 
-def kill_anywhere(trial: Trial, chooser: random.Random) -> int:
-    """Kill a process at a moment that says nothing of what it does; returns its exit code."""
+def kill_anywhere(trial: Trial, chooser: random.Random) -> Process:
+    """Kill a process at a moment that says nothing of what it does."""
     process = trial.start()
     time.sleep(chooser.uniform(0, trial.bench.seconds))
     process.signal(9)
-    return process.wait()
+    return process
 
 
-def kill_around_a_save(trial: Trial, chooser: random.Random) -> int:
+def kill_around_a_save(trial: Trial, chooser: random.Random) -> Process:
     """Kill a process within some hundredths of a second of the beginning of a save."""
     step = chooser.randrange(SAVE_STEPS, STEPS + 1, SAVE_STEPS)
     process = trial.start()
     trial.wait_for_save(step, process)
     time.sleep(chooser.uniform(0, 0.03))
     process.signal(9)
-    return process.wait()
+    return process
 
 
 def finish(trial: Trial, *, attempts: int = 1) -> list[str]:

@@ -216,3 +216,19 @@ def _use_disk(disk: Any) -> None:
 
     for module in (files, save, checkpoint):
         module.Disk = lambda: disk
+
+
+def watched(places: list[str], secrets: list[str], home: str, notes: str) -> None:
+    """Note what an audit hook sees that must not happen; a token lies in the environment."""
+    from tests.security.watch import SECRET, Watch, switch_on
+
+    os.environ["HOME"] = home
+    os.environ["HF_TOKEN"] = os.environ["HUGGING_FACE_HUB_TOKEN"] = SECRET
+    os.environ["WANDB_API_KEY"] = SECRET
+
+    class Noted(list[str]):
+        def append(self, event: str) -> None:
+            with Path(notes).open("a", encoding="utf-8") as file:
+                file.write(event + "\n")
+
+    switch_on(Watch(places=[*places, notes], secrets=secrets, events=Noted(), nameless="/tmp"))

@@ -1,4 +1,4 @@
-"""`python -m tests.faults.report`: run the faults and probes, and print how often each was survived.
+"""`python -m tests.faults.report`: run faults and probes, and print how often each was survived.
 
 With `--slow` in the published numbers, which takes an hour; with `--write` into counts.json and
 into the table of docs/reliability.md. Further arguments go to pytest: a file or `-k kill` runs, and
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = ["-n", "0", "-q", "-m", "" if options.slow else "not slow", *rest]
     code = pytest.main(words if chosen else [*words, *_FOLDERS], plugins=[_Counted(tally)])
     rows = rows_of(tally)
-    print(table(rows), end="")
+    sys.stdout.write(table(rows))
     if options.write:
         write_rows(rows)
     return int(code)

@@ -208,7 +208,7 @@ def _command(request: dict[str, object]) -> int:
         if plant:
             getattr(plants, str(plant[0]))(*plant[1:])
         return main(cast("list[str]", request["arguments"]))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent reads of it
         traceback.print_exc()
         return 71
 

@@ -1,4 +1,4 @@
-"""Whole runs on disks that fail: training goes on, and the end equals that of an undisturbed run."""
+"""Whole runs on disks that fail: training goes on, and ends as if nothing had disturbed it."""
 
 from __future__ import annotations
 
@@ -172,9 +172,7 @@ _SOME = [("state.json", "missing"), ("optimizer.safetensors", "middle bit")]
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        pytest.param(
-            name, damage, marks=() if (name, damage) in _SOME else pytest.mark.slow
-        )
+        pytest.param(name, damage, marks=() if (name, damage) in _SOME else pytest.mark.slow)
         for name in FILES
         for damage in DAMAGES
     ],

@@ -115,7 +115,9 @@ def test_a_stopped_run_loses_one_step_at_most(
         code = process.wait()
         problems = []
         # Before there is something to save, the signal does what it always does.
-        if code not in (0, 130, -number) or (code == -number and trial.steps() and lost_steps(trial)):
+        if code not in (0, 130, -number) or (
+            code == -number and trial.steps() and lost_steps(trial)
+        ):
             problems.append(f"exit code {code}: {process.text()[-2000:]}")
         if code == 130 and "--resume" not in process.text():
             problems.append("how to go on was not said")

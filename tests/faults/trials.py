@@ -97,7 +97,9 @@ class Trial:
 
     def start(self, *words: str, plant: Sequence[object] = ()) -> Process:
         """Start a process on it that goes on where it can."""
-        settings = [word for text in (*SETTINGS, f"run.name={self.name}") for word in ("--set", text)]
+        settings = [
+            word for text in (*SETTINGS, f"run.name={self.name}") for word in ("--set", text)
+        ]
         arguments = ["train", str(self.bench.config_path), "--resume", *settings, *words]
         return self.bench.server.start(arguments, plant=plant, cwd=self.bench.folder)
 

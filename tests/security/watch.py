@@ -19,7 +19,15 @@ _LIBRARIES = tuple(
     | {str(Path(sys.base_prefix).resolve()), str(Path(sys.prefix).resolve())}
 )
 # Code that libraries make: dataclasses and namedtuple, Jinja's templates, frozen modules.
-_MADE = ("<string>", "<template>", "<frozen", "<attrs", "<lambdifygenerated", "<eval_with_key>", "<unknown>")
+_MADE = (
+    "<string>",
+    "<template>",
+    "<frozen",
+    "<attrs",
+    "<lambdifygenerated",
+    "<eval_with_key>",
+    "<unknown>",
+)
 
 
 @dataclass
@@ -45,7 +53,8 @@ class Watch:
             self.events.append(f"{name} {arguments!r:.200}")
         elif name == "subprocess.Popen":
             words = [os.fsdecode(word) for word in arguments[1]]
-            if "eightgig.data.worker" not in words and "eightgig.hardware.facts" not in words:
+            own = ("eightgig.data.worker", "eightgig.hardware.facts")
+            if not any(word in words for word in own) and words[0] != "uname":
                 self.events.append(f"{name} {words!r:.200}")
         elif name == "exec":
             file = getattr(arguments[0], "co_filename", "?")

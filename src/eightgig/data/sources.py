@@ -133,6 +133,8 @@ def _saved_dataset(folder: Path, split: str) -> Iterable[Source | Finding]:
 
 def _is_hub_name(text: str) -> bool:
     parts = text.split("/")
-    allowed = all(part and all(c.isalnum() or c in "-_." for c in part) for part in parts)
+    allowed = all(
+        part[:1].isalnum() and all(c.isalnum() or c in "-_." for c in part) for part in parts
+    )
     has_data_suffix = Path(text.lower()).suffix in {*_KINDS, *_PACKED, ".txt"}
     return allowed and len(parts) <= 2 and not text.startswith(".") and not has_data_suffix

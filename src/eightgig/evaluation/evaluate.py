@@ -5,6 +5,7 @@ Read top to bottom: open the run, let each model do the same work, compare what 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from eightgig.evaluation.passes import (
 from eightgig.evaluation.records import FORMAT_VERSION, Evaluation, evaluation_path
 from eightgig.evaluation.tuned_run import TunedRun, build_engine, open_run, plan_rows
 from eightgig.evaluation.verdict import decide
-from eightgig.run import write_json
+from eightgig.run import hide_home, to_json, write_atomically
 
 Observe = Callable[[object], None]
 
@@ -86,7 +87,8 @@ def evaluate_run(
         engine.close()
     evaluation = _compare(work, passes, options, hear)
     evaluation = evaluation.finished(findings, seconds=time.monotonic() - start_seconds)
-    write_json(evaluation_path(tuned.run), evaluation)
+    text = json.dumps(to_json(evaluation), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(evaluation_path(tuned.run), hide_home(text))
     return evaluation
 
 

@@ -29,7 +29,7 @@ from eightgig.memory.plan import Plan, make_plan
 from eightgig.models.find import FoundModel, find_base_model
 from eightgig.quant.fetch import checkpoint_of
 from eightgig.quant.store import is_prepared, open_store
-from eightgig.run import Run
+from eightgig.run import Run, refuse_links
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,7 @@ import yaml
 
 from eightgig import __version__
 from eightgig.data.preview import preview_row
-from eightgig.run import to_json
+from eightgig.run import hide_home, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,27 +36,29 @@ def model_card(job: Job) -> str:
     if spec.license is not None:
         head["license"] = spec.license
     settings = {name: to_json(getattr(config, name)) for name in ("lora", "train")}
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(head, sort_keys=False).strip(),
-            "---",
-            "",
-            f"# {config.run.name}",
-            "",
-            f"A LoRA adapter for {spec.name}, trained with eightgig {__version__}.",
-            "",
-            *_license(spec.license),
-            *_data(job),
-            *_results(job),
-            *_use(job),
-            "## Settings",
-            "",
-            "```json",
-            json.dumps(settings, indent=2, ensure_ascii=False),
-            "```",
-            "",
-        ]
+    return hide_home(
+        "\n".join(
+            [
+                "---",
+                yaml.safe_dump(head, sort_keys=False).strip(),
+                "---",
+                "",
+                f"# {config.run.name}",
+                "",
+                f"A LoRA adapter for {spec.name}, trained with eightgig {__version__}.",
+                "",
+                *_license(spec.license),
+                *_data(job),
+                *_results(job),
+                *_use(job),
+                "## Settings",
+                "",
+                "```json",
+                json.dumps(settings, indent=2, ensure_ascii=False),
+                "```",
+                "",
+            ]
+        )
     )
 
 

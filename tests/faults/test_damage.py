@@ -22,6 +22,7 @@ from eightgig.training.checkpoint import (
 from eightgig.training.save import save_checkpoint
 from tests.faults.disks import CountingDisk
 from tests.faults.saves import are_equal, make_checkpoint, make_run
+from tests.faults.tally import Tally
 
 FILES = ("manifest.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json")
 OLDER, NEWEST = make_checkpoint(5), make_checkpoint(10)
@@ -91,7 +92,7 @@ def _names(run: Run) -> set[str]:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_the_one_before_is_used_and_nothing_is_deleted(
-    damage: Callable[[Path], object], name: str, run: Run
+    damage: Callable[[Path], object], name: str, run: Run, tally: Tally
 ) -> None:
     path = run.checkpoints_path / "step-000010"
     before = sorted(file.name for file in path.iterdir())
@@ -108,9 +109,10 @@ def test_the_one_before_is_used_and_nothing_is_deleted(
     assert skipped.code == "checkpoint.damaged"
     assert "step-000010" in skipped.message
     assert "step-000010.broken" in skipped.fix
+    tally.add("one file of the newest checkpoint damaged, in every way")
 
 
-def test_a_thousand_flipped_bits_are_all_noticed(run: Run) -> None:
+def test_a_thousand_flipped_bits_are_all_noticed(run: Run, tally: Tally) -> None:
     path = run.checkpoints_path / "step-000010"
     chooser = random.Random(0)
     for _ in range(1000):
@@ -123,6 +125,7 @@ def test_a_thousand_flipped_bits_are_all_noticed(run: Run) -> None:
         with pytest.raises(RunError):
             read_checkpoint(path)
         file.write_bytes(content)
+        tally.add("one random bit of a checkpoint flipped")
     assert are_equal(read_checkpoint(path), NEWEST)
 
 

@@ -317,7 +317,8 @@ def test_an_index_cannot_lead_outside(model: Path, outside: Path, watch: Watch) 
 HUB_NAMES = (
     "https://huggingface.co/a/b", "http://127.0.0.1:9/a", "https://user:word@host/a", "a/../b",
     "a/b/c", "a/b@main", "file:///etc", "hf://a/b", "a/b?x=1", "a/b#c", "C:\\x", "\\\\host\\share",
-    "-rf/x", "a/-b", "./x", "~root/x", "a/b\n", "a/b\x00", "a//b", "/etc/passwd", "a/..", "ａ/ｂ",
+    "-rf/x", "a/-b", "./x", "~root/x", "a/b\n", "a/b\x00", "a//b", "/etc/passwd", "a/..",
+    "\uff41/\uff42",
     "$(id)/b", "a/b;id", "a/`id`", "a b/c",
 )  # fmt: skip
 

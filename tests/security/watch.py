@@ -64,7 +64,7 @@ class Watch:
             self._see_open(*arguments)
 
     def _is_known_code(self, file: str) -> bool:
-        path = os.path.realpath(file) if os.path.isabs(file) else file
+        path = os.path.realpath(file) if file.startswith(os.sep) else file
         return path.startswith((*_LIBRARIES, *_own_folders())) or file.startswith(_MADE)
 
     def _see_open(self, path: Any, mode: Any, flags: Any) -> None:

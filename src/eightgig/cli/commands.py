@@ -5,6 +5,7 @@ Whatever is slow to import is imported inside a command.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -174,7 +175,9 @@ def train(
             for report in finetune(settings, resume=resume, observe=view.notice):
                 view.step(report)
         except KeyboardInterrupt:
-            render.show_note(f"Interrupted. Go on with: eightgig train {config} --resume")
+            words = [word for text in overrides or () for word in ("--set", text)]
+            again = shlex.join(["eightgig", "train", str(config), *words, "--resume"])
+            render.show_note(f"Interrupted. Go on with: {again}")
             raise
     write_report(check_run(settings, resume=True))
     render.show_trained(settings, view.last_report, as_json=as_json)

@@ -17,7 +17,9 @@ _MASK = "***"
 _SECRETS = (
     # Tokens of Hugging Face, GitHub, GitLab and of the usual services, by their prefix.
     # Behind the escapes of JSON, too: a line break there ends with a letter.
-    re.compile(r"()(?:\b|(?<=\\[nrt]))(?:hf_|api_org_|ghp_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{8,}"),
+    re.compile(
+        r"()(?:\b|(?<=\\[nrt]))(?:hf_|api_org_|ghp_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{8,}"
+    ),
     # https://user:password@host
     re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s@]+(?=@)"),
     re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}"),

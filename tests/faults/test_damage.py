@@ -19,9 +19,10 @@ from eightgig.training.checkpoint import (
     manifest_sha256,
     read_checkpoint,
 )
+from eightgig.training.resume import resume_run
 from eightgig.training.save import save_checkpoint
 from tests.faults.disks import CountingDisk
-from tests.faults.saves import are_equal, make_checkpoint, make_run
+from tests.faults.saves import IDENTITY, are_equal, make_checkpoint, make_run
 from tests.faults.tally import Tally
 
 FILES = ("manifest.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json")
@@ -202,3 +203,37 @@ def test_a_newer_format_is_refused_and_left_alone(run: Run) -> None:
 def test_a_forged_list_of_files_is_damage(files: object, run: Run) -> None:
     _forge(run, files=files)
     assert find_checkpoint(run).path == run.checkpoints_path / "step-000005"
+
+
+class _Taker:
+    """Takes what a resumed run loads into adapter and optimizer."""
+
+    def __init__(self) -> None:
+        self.taken: list[object] = []
+
+    def load(self, tensors: object) -> None:
+        self.taken.append(tensors)
+
+    load_state_tensors = load
+
+
+def test_resuming_tidies_up_what_a_kill_left(run: Run) -> None:
+    """Where the last save of all was killed in its rotation, no later save would."""
+    for name in ("step-000003.trash", "step-000011.tmp", "step-000010.old"):
+        shutil.copytree(run.checkpoints_path / "step-000005", run.checkpoints_path / name)
+    taker = _Taker()
+    state = resume_run(run, IDENTITY, taker, taker, lambda _: None)  # type: ignore[arg-type]
+    assert state.step == 10
+    assert len(taker.taken) == 2
+    assert _names(run) == {"step-000005", "step-000010"}
+
+
+def test_resuming_keeps_the_replaced_one_where_the_new_one_is_damaged(run: Run) -> None:
+    newest = run.checkpoints_path / "step-000010"
+    shutil.copytree(newest, newest.with_name("step-000010.old"))
+    (newest / "state.json").unlink()
+    taker = _Taker()
+    state = resume_run(run, IDENTITY, taker, taker, lambda _: None)  # type: ignore[arg-type]
+    assert state.step == 10
+    assert _names(run) == {"step-000005", "step-000010", "step-000010.broken"}
+    assert are_equal(read_checkpoint(newest), NEWEST)

@@ -84,7 +84,13 @@ BOMBS: dict[str, tuple[str, bytes]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "another name" in name else ())
+        for name in BOMBS
+    ],
+)
 def test_a_bomb_is_a_finding_in_little_memory(name: str, tmp_path: Path) -> None:
     file, content = BOMBS[name]
     (tmp_path / file).write_bytes(content)

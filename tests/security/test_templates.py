@@ -110,7 +110,17 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
+# Each of these computes until its time is over, for two rows.
+_LONG = ("a slow pattern", "lorem ipsum", "dates", "calls of calls")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(source, id=name, marks=pytest.mark.slow if name in _LONG else ())
+        for name, source in BOMBS.items()
+    ],
+)
 def test_a_template_that_never_ends_is_a_finding(source: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}

@@ -113,7 +113,9 @@ def explain_differences(saved: RunIdentity, current: RunIdentity) -> list[Findin
             )
         )
     elif saved.fingerprints.get("held_out", "") != current.fingerprints.get("held_out", ""):
-        change = _change("data.held_out_path", saved, current) or "same name, other content"
+        change = (
+            _change("data.held_out_path", saved, current) or "same name, other rows or other tokens"
+        )
         findings.append(
             _difference(
                 "resume.data",

@@ -96,8 +96,8 @@ def finetune(
         engine, plan = loaded.engine, loaded.plan
         for item in (*engine.choices, describe_trainable(engine, found.spec.decoder)):
             observe(item)
-        allow = allow_changed_versions
-        start = begin(run, config, loaded, source, rows, observe, allow_changed_versions=allow)
+        allow, data = allow_changed_versions, (rows, held_out)
+        start = begin(run, config, loaded, source, data, observe, allow_changed_versions=allow)
         job = Job(run, config, found.spec, plan, rows, held_out, store, engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tokenizer)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.tally import Tally, tally_of
+from tests.faults.trials import Bench
+
 _MEMORY = Path("/dev/shm")
 
 
@@ -23,3 +26,17 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield made
     finally:
         shutil.rmtree(made)
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """Counts for the tables."""
+    return tally_of(request.config)
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A server of whole processes, and the run that nothing disturbed."""
+    # On a real disk: there a save takes its time, and is hit more often.
+    with Bench(tmp_path_factory.mktemp("bench")) as bench:
+        yield bench

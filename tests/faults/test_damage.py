@@ -19,9 +19,11 @@ from eightgig.training.checkpoint import (
     manifest_sha256,
     read_checkpoint,
 )
+from eightgig.training.resume import resume_run
 from eightgig.training.save import save_checkpoint
 from tests.faults.disks import CountingDisk
-from tests.faults.saves import are_equal, make_checkpoint, make_run
+from tests.faults.saves import IDENTITY, are_equal, make_checkpoint, make_run
+from tests.faults.tally import Tally
 
 FILES = ("manifest.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json")
 OLDER, NEWEST = make_checkpoint(5), make_checkpoint(10)
@@ -91,7 +93,7 @@ def _names(run: Run) -> set[str]:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_the_one_before_is_used_and_nothing_is_deleted(
-    damage: Callable[[Path], object], name: str, run: Run
+    damage: Callable[[Path], object], name: str, run: Run, tally: Tally
 ) -> None:
     path = run.checkpoints_path / "step-000010"
     before = sorted(file.name for file in path.iterdir())
@@ -108,9 +110,10 @@ def test_the_one_before_is_used_and_nothing_is_deleted(
     assert skipped.code == "checkpoint.damaged"
     assert "step-000010" in skipped.message
     assert "step-000010.broken" in skipped.fix
+    tally.add("one file of the newest checkpoint damaged, in every way")
 
 
-def test_a_thousand_flipped_bits_are_all_noticed(run: Run) -> None:
+def test_a_thousand_flipped_bits_are_all_noticed(run: Run, tally: Tally) -> None:
     path = run.checkpoints_path / "step-000010"
     chooser = random.Random(0)
     for _ in range(1000):
@@ -123,6 +126,7 @@ def test_a_thousand_flipped_bits_are_all_noticed(run: Run) -> None:
         with pytest.raises(RunError):
             read_checkpoint(path)
         file.write_bytes(content)
+        tally.add("one random bit of a checkpoint flipped")
     assert are_equal(read_checkpoint(path), NEWEST)
 
 
@@ -199,3 +203,37 @@ def test_a_newer_format_is_refused_and_left_alone(run: Run) -> None:
 def test_a_forged_list_of_files_is_damage(files: object, run: Run) -> None:
     _forge(run, files=files)
     assert find_checkpoint(run).path == run.checkpoints_path / "step-000005"
+
+
+class _Taker:
+    """Takes what a resumed run loads into adapter and optimizer."""
+
+    def __init__(self) -> None:
+        self.taken: list[object] = []
+
+    def load(self, tensors: object) -> None:
+        self.taken.append(tensors)
+
+    load_state_tensors = load
+
+
+def test_resuming_tidies_up_what_a_kill_left(run: Run) -> None:
+    """Where the last save of all was killed in its rotation, no later save would."""
+    for name in ("step-000003.trash", "step-000011.tmp", "step-000010.old"):
+        shutil.copytree(run.checkpoints_path / "step-000005", run.checkpoints_path / name)
+    taker = _Taker()
+    state = resume_run(run, IDENTITY, taker, taker, lambda _: None)  # type: ignore[arg-type]
+    assert state.step == 10
+    assert len(taker.taken) == 2
+    assert _names(run) == {"step-000005", "step-000010"}
+
+
+def test_resuming_keeps_the_replaced_one_where_the_new_one_is_damaged(run: Run) -> None:
+    newest = run.checkpoints_path / "step-000010"
+    shutil.copytree(newest, newest.with_name("step-000010.old"))
+    (newest / "state.json").unlink()
+    taker = _Taker()
+    state = resume_run(run, IDENTITY, taker, taker, lambda _: None)  # type: ignore[arg-type]
+    assert state.step == 10
+    assert _names(run) == {"step-000005", "step-000010", "step-000010.broken"}
+    assert are_equal(read_checkpoint(newest), NEWEST)

@@ -28,6 +28,16 @@ from eightgig.training.rotation import step_name
 from eightgig.training.save import SavedCheckpoint, SaveFailure
 from tests.faults.disks import FAULTS, CountingDisk, Fault, FaultyDisk, Killed, PowerCutDisk
 from tests.faults.saves import SITUATIONS, Situation, make_checkpoint, make_run, save
+from tests.faults.tally import Tally
+
+COUNTED = {
+    0: "a save and its rotation, killed at every operation, or in the middle of a write",
+    errno.ENOSPC: "a save and its rotation, disk full at every operation",
+    errno.EIO: "a save and its rotation, input/output error at every operation, reading included",
+    errno.EROFS: "a save and its rotation, disk read-only from every operation on",
+}
+POWER_CUT = "a save and its rotation, power cut before every operation, 4 outcomes each"
+ADAPTER = "the final adapter folder, all of these faults at every operation"
 
 situations = pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
 faults = pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -60,7 +70,9 @@ def _assert_next_save_works(run: Run, *, set_aside: str) -> None:
 
 @situations
 @faults
-def test_a_failed_save_costs_nothing(situation: Situation, fault: Fault, folder: Path) -> None:
+def test_a_failed_save_costs_nothing(
+    situation: Situation, fault: Fault, folder: Path, tally: Tally
+) -> None:
     copies = _copies(situation, folder)
     hits = 0
     for at in range(_count_operations(situation, next(copies))):
@@ -80,6 +92,8 @@ def test_a_failed_save_costs_nothing(situation: Situation, fault: Fault, folder:
         is_read_error = fault.number == errno.EIO
         aside = f"{step_name(situation.saved.state.step)}.broken" if is_read_error else ""
         _assert_next_save_works(run, set_aside=aside)
+        if disk.has_failed:
+            tally.add(COUNTED[fault.number])
     assert hits > 3
 
 
@@ -96,7 +110,9 @@ def test_there_are_enough_points(folder: Path) -> None:
 
 
 @situations
-def test_a_power_cut_costs_one_save_at_most(situation: Situation, folder: Path) -> None:
+def test_a_power_cut_costs_one_save_at_most(
+    situation: Situation, folder: Path, tally: Tally
+) -> None:
     copies = _copies(situation, folder)
     for at in range(_count_operations(situation, next(copies)) + 1):
         for seed in range(4):
@@ -109,6 +125,7 @@ def test_a_power_cut_costs_one_save_at_most(situation: Situation, folder: Path) 
             assert outcome in ("before", "saved"), f"{outcome}, {where}"
             if isinstance(result, SavedCheckpoint):
                 assert outcome == "saved", where
+            tally.add(POWER_CUT)
 
 
 class _ForgetfulDisk(PowerCutDisk):
@@ -177,7 +194,7 @@ def _read_value(path: Path) -> float:
 @faults
 @pytest.mark.parametrize("is_first", [True, False])
 def test_the_final_adapter_is_there_whole_or_as_before(
-    is_first: bool, fault: Fault, folder: Path
+    is_first: bool, fault: Fault, folder: Path, tally: Tally
 ) -> None:
     def prepare(name: str) -> Path:
         path = folder / name / "adapter"
@@ -206,3 +223,5 @@ def test_the_final_adapter_is_there_whole_or_as_before(
         _write_adapter(path, 3.0, CountingDisk())
         assert _read_value(path) == 3.0
         assert [inner.name for inner in path.parent.iterdir()] == ["adapter"]
+        if disk.has_failed:
+            tally.add(ADAPTER)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.tally import Tally
+
 _CHILD = """
 import json, os, shutil, signal, sys
 from pathlib import Path
@@ -49,7 +51,7 @@ print(json.dumps(outcomes))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_save_costs_nothing(folder: Path) -> None:
+def test_a_killed_save_costs_nothing(folder: Path, tally: Tally) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     result = subprocess.run(
@@ -61,3 +63,5 @@ def test_a_killed_save_costs_nothing(folder: Path) -> None:
     assert len(outcomes) > 60
     assert {outcome for *_, outcome in outcomes} == {"before", "saved"}
     assert all(killed for _, _, killed, _ in outcomes)
+    for _ in outcomes:
+        tally.add("a save, real SIGKILL at every operation (two situations)")

@@ -55,7 +55,7 @@ class WorkView:
     """
 
     def __init__(self, *, stderr: bool, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=stderr)
+        self._console = console or render.SafeConsole(stderr=stderr)
         self._work = ""
         self._began_seconds = self._shown_seconds = 0.0
         self._live: Progress | None = None

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -250,10 +251,25 @@ def _card_rows(gpu: Gpu) -> Iterator[tuple[str, str]]:
         yield "heat and power", ", ".join(state)
 
 
+class SafeConsole(Console):
+    """Rich's console, for texts of others: control codes in them do not reach the terminal."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Segments of `renderable`; the console's own control codes are segments of their own."""
+        for segment in super().render(renderable, options):
+            if segment.control is None and _CONTROL_CODES.search(segment.text):
+                text = _CONTROL_CODES.sub("\ufffd", segment.text)
+                yield Segment(text, segment.style)
+            else:
+                yield segment
+
+
 def _output(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr)
+    console = SafeConsole(stderr=stderr)
     # A file or a pipe has no width; tables squeezed into 80 columns are hard to read there.
-    return console if console.is_terminal else Console(stderr=stderr, width=_PIPE_COLUMNS)
+    return console if console.is_terminal else SafeConsole(stderr=stderr, width=_PIPE_COLUMNS)
 
 
 def _write_prose(console: Console, text: Text) -> None:

@@ -111,8 +111,13 @@ class ChatTemplate:
         self._memory_bytes = memory_bytes
         self._limits_met = 0
         try:
-            self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError, MemoryError) as error:
+            environment = _environment()
+            parsed = environment.parse(source)
+            if parsed.find(jinja2.nodes.EvalContextModifier) is not None:
+                # Its value is worked out while it compiles, here and without limits.
+                raise jinja2.TemplateError("the tag autoescape is not for chats")
+            self._template = environment.from_string(parsed)
+        except (jinja2.TemplateError, RecursionError, MemoryError, ValueError) as error:
             raise DataError(
                 f"The chat template is no valid Jinja: {error}.",
                 why="Nothing can be rendered with it.",
@@ -216,10 +221,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         return called(*args, **kwargs)
 
 
+@jinja2.pass_eval_context
+def _as_it_is(_context: jinja2.nodes.EvalContext, value: Any) -> Any:
+    return value
+
+
 def _environment() -> _Environment:
-    # Not optimised: Jinja would already work out 'a' * 10**10 while it compiles.
+    # Jinja would already work out 'a' * 10**10 while it compiles, where nothing limits it: it does
+    # so when it optimises, and for output that it need not finish at run time.
     environment = _Environment(
         optimized=False,
+        finalize=_as_it_is,
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationTag, jinja2.ext.loopcontrols],

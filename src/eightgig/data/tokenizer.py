@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightgig.errors import DataError, ModelError
+from eightgig.run import link_outside
+from eightgig.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -20,6 +22,10 @@ PLAIN = "none"
 
 _TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
+# Gemma's tokenizer.json has 33 MB.
+_MAX_FILE_BYTES = 256 * MIB
+# What a normalizer may put in the place of a character, a post-processor around a text.
+_MAX_INSERTED_CHARS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +61,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> PreTrained
         ModelError: The folder holds no usable tokenizer.
         DataError: `chat_template` names no template.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
@@ -63,12 +70,14 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> PreTrained
             why="The tokenizer is read from it.",
             fix="Correct `model.name`.",
         )
+    _check_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
     # The library raises whatever the parsers of its files raise.
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, ArithmeticError,
+            RecursionError, StrictDataclassError) as error:  # fmt: skip
         raise ModelError(
             f'The tokenizer in "{folder}" cannot be loaded.',
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
@@ -81,11 +90,63 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> PreTrained
             "tokenizer knows.",
             fix="Use a model folder with tokenizer.json.",
         )
+    _refuse_expansion(folder, tokenizer)
     if chat_template == PLAIN:
         tokenizer.chat_template = None
     elif chat_template is not None:
         tokenizer.chat_template = find_chat_template(chat_template)
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse small files that are links to elsewhere, or not small.
+
+    The chat template is written into the adapter's folder, which people upload: a link to a file of
+    the user's would go with it.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.suffix != ".safetensors"]
+    link = link_outside(folder, files)
+    if link is not None:
+        raise ModelError(
+            f"{link} is a link to a file outside the model's folder.",
+            why="What the model's files say goes into prompts and into the adapter's folder.",
+            fix="If the link is yours, put the file itself in its place; otherwise delete it.",
+        )
+    for path in files:
+        is_read = path.suffix in (".json", ".jinja", ".model", ".txt")
+        if is_read and path.is_file() and path.stat().st_size > _MAX_FILE_BYTES:
+            raise ModelError(
+                f"{path} is {format_bytes(path.stat().st_size)} large.",
+                why=f"No tokenizer's file has more than {format_bytes(_MAX_FILE_BYTES)}.",
+                fix="Download the model again from its publisher.",
+            )
+
+
+def _refuse_expansion(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer that turns a few characters into a great many."""
+    backend = tokenizer.backend_tokenizer
+    for part in (backend.normalizer, backend.pre_tokenizer):
+        # Rust's own JSON of it; nothing is unpickled.
+        state = None if part is None else json.loads(part.__getstate__())
+        longest = max(_inserted_lengths(state), default=0)
+        if longest > _MAX_INSERTED_CHARS:
+            raise ModelError(
+                f'The tokenizer in "{folder}" replaces text by {longest:,} characters.',
+                why="A few rows would fill the memory.",
+                fix="Download the model again from its publisher.",
+            )
+
+
+def _inserted_lengths(state: object) -> Iterator[int]:
+    if isinstance(state, dict):
+        for name, value in state.items():
+            if name in ("content", "replacement", "prepend") and isinstance(value, str):
+                yield len(value)
+            else:
+                yield from _inserted_lengths(value)
+    elif isinstance(state, list):
+        for value in state:
+            yield from _inserted_lengths(value)
 
 
 def find_chat_template(name: str) -> str:
@@ -99,7 +160,7 @@ def find_chat_template(name: str) -> str:
         if path.is_file():
             return path.read_text(encoding="utf-8")
         found = _in_folder(path) if path.is_dir() else _on_hub(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "cannot be read"
         raise _no_template(name, reason) from error
     if found is None:
@@ -118,6 +179,9 @@ def _no_template(name: str, reason: str) -> DataError:
 
 def _in_folder(folder: Path) -> str | None:
     template = folder / _TEMPLATE_FILE
+    link = link_outside(folder, [template, folder / _CONFIG_FILE])
+    if link is not None:
+        raise ValueError(f"{link.name} is a link to a file outside the folder")
     if template.is_file():
         return template.read_text(encoding="utf-8")
     config = folder / _CONFIG_FILE
@@ -188,7 +252,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     path = Path(tokenizer.name_or_path) / "generation_config.json"
     try:
         listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         listed = None
     found.update(listed if isinstance(listed, list) else [listed])
     return frozenset(number for number in found if isinstance(number, int))

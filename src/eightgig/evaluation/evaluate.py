@@ -5,6 +5,7 @@ Read top to bottom: open the run, let each model do the same work, compare what 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from eightgig.evaluation.passes import (
 from eightgig.evaluation.records import FORMAT_VERSION, Evaluation, evaluation_path
 from eightgig.evaluation.tuned_run import TunedRun, build_engine, open_run, plan_rows
 from eightgig.evaluation.verdict import decide
-from eightgig.run import write_json
+from eightgig.run import hide_home, to_json, write_atomically
 
 Observe = Callable[[object], None]
 
@@ -92,8 +93,9 @@ def evaluate_run(
 
 
 def _write(path: Path, evaluation: Evaluation) -> None:
+    text = json.dumps(to_json(evaluation), indent=2, ensure_ascii=False) + "\n"
     try:
-        write_json(path, evaluation)
+        write_atomically(path, hide_home(text))
     except OSError as error:
         raise RunError(
             f"The evaluation was not written to {path}: {failure_cause(error)}.",

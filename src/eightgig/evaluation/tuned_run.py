@@ -29,7 +29,7 @@ from eightgig.memory.plan import Plan, make_plan
 from eightgig.models.find import FoundModel, find_base_model
 from eightgig.quant.fetch import checkpoint_of
 from eightgig.quant.store import is_prepared, open_store
-from eightgig.run import Run
+from eightgig.run import Run, refuse_links
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,7 +79,7 @@ def find_run(folder: Path) -> Run:
     """The run in `folder`, which must have ended.
 
     Raises:
-        RunError: There is none, or it has no adapter yet.
+        RunError: There is none, it has no adapter yet, or holds links.
     """
     run = Run(folder=folder.absolute())
     if not run.config_path.is_file():
@@ -94,6 +94,7 @@ def find_run(folder: Path) -> Run:
             why="It is written when the run has reached its end.",
             fix=f"Let the run end: eightgig train {run.config_path} --resume",
         )
+    refuse_links(run.folder)
     return run
 
 

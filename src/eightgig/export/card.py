@@ -10,6 +10,7 @@ import yaml
 
 from eightgig import __version__
 from eightgig.models.spec import ModelSpec
+from eightgig.run import hide_home
 
 _HEADING = re.compile(r"^## ", re.MULTILINE)
 # Of the adapter alone.
@@ -59,7 +60,7 @@ def export_card(
         *_use(spec, kind, files),
         "",
     ]
-    return "\n".join(body) + _sections(adapter_card)
+    return hide_home("\n".join(body)) + _sections(adapter_card)
 
 
 def _use(spec: ModelSpec, kind: str, files: Sequence[str]) -> list[str]:

@@ -44,7 +44,7 @@ from eightgig.export.verify import (
 from eightgig.models.find import FoundModel, find_base_model
 from eightgig.quant.fetch import checkpoint_of
 from eightgig.quant.parts import file_bytes
-from eightgig.run import to_json
+from eightgig.run import hide_home, to_json
 
 _EXPORTS_FOLDER = "export"
 _CARD_NAME = "README.md"
@@ -202,5 +202,6 @@ def _finish(
         verification=verification,
     )
     record = {name: value for name, value in to_json(export).items() if name != "folder"}
-    output.write(RECORD_NAME, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+    text = hide_home(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    output.write(RECORD_NAME, text.encode())
     return export

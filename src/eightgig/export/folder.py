@@ -17,6 +17,7 @@ from eightgig.disk import (
     failure_cause,
 )
 from eightgig.errors import DoesNotFitError, ExportError
+from eightgig.run import link_outside
 from eightgig.units import MIB, format_bytes
 
 RECORD_NAME = "export.json"
@@ -154,13 +155,24 @@ def check_room(target: Path, needed_bytes: int, disk: Disk) -> None:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """Config, tokenizer, template and licence files of the model in `folder`."""
+    """Config, tokenizer, template and licence files of the model in `folder`.
+
+    Raises:
+        ExportError: One is a link to a file elsewhere.
+    """
     found = {
         path
         for pattern in _SMALL_FILES
         for path in folder.glob(pattern)
         if path.is_file() and path.stat().st_size <= MAX_SMALL_FILE_BYTES
     }
+    link = link_outside(folder, sorted(found))
+    if link is not None:
+        raise ExportError(
+            f"{link} is a link to a file outside the model's folder.",
+            why="It would be copied into the export, which people upload.",
+            fix="If the link is yours, put the file itself in its place; otherwise delete it.",
+        )
     return sorted(found)
 
 

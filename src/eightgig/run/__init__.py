@@ -3,7 +3,8 @@
 from eightgig.run.environment import Environment, describe_environment, installed_versions
 from eightgig.run.files import append_json_line, write_atomically, write_json
 from eightgig.run.folder import Event, EventKind, Run, check_run, create_run
-from eightgig.run.log import log_to, mask_secrets
+from eightgig.run.links import link_outside, refuse_links
+from eightgig.run.log import hide_home, log_to, mask_secrets
 from eightgig.run.records import from_json, to_json
 
 __all__ = [
@@ -16,9 +17,12 @@ __all__ = [
     "create_run",
     "describe_environment",
     "from_json",
+    "hide_home",
     "installed_versions",
+    "link_outside",
     "log_to",
     "mask_secrets",
+    "refuse_links",
     "to_json",
     "write_atomically",
     "write_json",

@@ -11,11 +11,15 @@ from eightgig.run.records import to_json
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` beside `path`, flush it to the disk and rename it over `path`."""
+    """Write `content` beside `path`, flush it to the disk and rename it over `path`.
+
+    Neither follows a link: what stands there is replaced, not written through.
+    """
     data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from eightgig.config import Config, is_safe_name, write_config
 from eightgig.errors import RunError
 from eightgig.run.files import write_atomically
+from eightgig.run.links import refuse_links
 
 EventKind = Literal["eval", "guard", "oom", "save", "plan", "trial", "resume", "stop", "pause"]
 
@@ -93,7 +94,7 @@ def check_run(config: Config, *, resume: bool) -> Run:
         resume: A folder that exists is gone on with.
 
     Raises:
-        RunError: The name is no folder's, or the folder exists (without `resume`).
+        RunError: The name is no folder's, the folder exists (without `resume`), or holds links.
     """
     name = config.run.name
     if not is_safe_name(name):
@@ -105,6 +106,7 @@ def check_run(config: Config, *, resume: bool) -> Run:
     run = Run(folder=Path(config.run.output_dir, name).absolute())
     if os.path.lexists(run.folder) and not (resume and run.folder.is_dir()):
         raise _taken(run, name)
+    refuse_links(run.folder)
     return run
 
 

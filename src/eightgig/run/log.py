@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -15,7 +16,10 @@ from eightgig.run.folder import Run
 _MASK = "***"
 _SECRETS = (
     # Tokens of Hugging Face, GitHub, GitLab and of the usual services, by their prefix.
-    re.compile(r"()\b(?:hf_|api_org_|ghp_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{8,}"),
+    # Behind the escapes of JSON, too: a line break there ends with a letter.
+    re.compile(
+        r"()(?:\b|(?<=\\[nrt]))(?:hf_|api_org_|ghp_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{8,}"
+    ),
     # https://user:password@host
     re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s@]+(?=@)"),
     re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}"),
@@ -33,8 +37,15 @@ def mask_secrets(text: str) -> str:
     """`text` without tokens, passwords and the path of the home folder."""
     for secret in _SECRETS:
         text = secret.sub(rf"\1{_MASK}", text)
+    return hide_home(text)
+
+
+def hide_home(text: str) -> str:
+    """`text` with `~` for the path of the home folder, as it is and as JSON writes it."""
     home = str(Path.home())
-    return text.replace(home, "~") if len(home) > 1 else text
+    if len(home) <= 1:
+        return text
+    return text.replace(json.dumps(home)[1:-1], "~").replace(home, "~")
 
 
 @contextmanager

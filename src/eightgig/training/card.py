@@ -16,7 +16,7 @@ from eightgig.demo import demo_model_path
 from eightgig.disk import failure_cause
 from eightgig.errors import RunError
 from eightgig.evaluation.statistics import measure_label
-from eightgig.run import Run, to_json, write_atomically
+from eightgig.run import Run, hide_home, to_json, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,27 +47,29 @@ def model_card(job: Job) -> str:
     if spec.license is not None:
         head["license"] = spec.license
     settings = {name: to_json(getattr(config, name)) for name in ("lora", "train")}
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(head, sort_keys=False).strip(),
-            "---",
-            "",
-            f"# {config.run.name}",
-            "",
-            f"A LoRA adapter for {spec.name}, trained with eightgig {__version__}.",
-            "",
-            *_license(spec.license),
-            *_data(job),
-            *_results(job),
-            *_use(job),
-            "## Settings",
-            "",
-            "```json",
-            json.dumps(settings, indent=2, ensure_ascii=False),
-            "```",
-            "",
-        ]
+    return hide_home(
+        "\n".join(
+            [
+                "---",
+                yaml.safe_dump(head, sort_keys=False).strip(),
+                "---",
+                "",
+                f"# {config.run.name}",
+                "",
+                f"A LoRA adapter for {spec.name}, trained with eightgig {__version__}.",
+                "",
+                *_license(spec.license),
+                *_data(job),
+                *_results(job),
+                *_use(job),
+                "## Settings",
+                "",
+                "```json",
+                json.dumps(settings, indent=2, ensure_ascii=False),
+                "```",
+                "",
+            ]
+        )
     )
 
 

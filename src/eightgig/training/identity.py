@@ -15,6 +15,7 @@ from typing import Any
 from eightgig import __version__
 from eightgig.config import Config
 from eightgig.errors import Finding, Severity
+from eightgig.models.spec import DecoderSpec
 from eightgig.run import installed_versions, to_json
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "bitsandbytes", "numpy")
@@ -34,7 +35,7 @@ class RunIdentity:
     """What a resumed run must have in common with its checkpoint.
 
     Attributes:
-        fingerprints: Hashes by name: config, data, model.
+        fingerprints: Hashes by name: config, data, held_out, model.
         versions: Versions of eightgig and of the libraries that decide results.
         settings: All settings as JSON, to name what differs.
     """
@@ -44,13 +45,27 @@ class RunIdentity:
     settings: Mapping[str, Any]
 
 
-def identify_run(config: Config, *, data_fingerprint: str, model_key: str) -> RunIdentity:
+def model_fingerprint(decoder: DecoderSpec, store_key: str) -> str:
+    """Hash of what the base model computes: its weights as they were prepared, and its config.
+
+    Args:
+        decoder: The stack that config.json describes.
+        store_key: Key of the prepared weights (`Manifest.key`), on which the config has no say.
+    """
+    text = json.dumps([store_key, to_json(decoder)], sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def identify_run(
+    config: Config, *, data_fingerprint: str, model_key: str, held_out_fingerprint: str = ""
+) -> RunIdentity:
     """The identity of a run.
 
     Args:
         config: Its settings.
-        data_fingerprint: `Dataset.fingerprint` of the rows trained on (and held out).
-        model_key: Key of the prepared model (`Manifest.key`).
+        data_fingerprint: `Dataset.fingerprint` of the rows trained on.
+        model_key: Hash of the base model, `model_fingerprint`.
+        held_out_fingerprint: `Dataset.fingerprint` of the rows held out, empty without any.
     """
     settings = to_json(config)
     flat = _flatten(settings)
@@ -64,6 +79,7 @@ def identify_run(config: Config, *, data_fingerprint: str, model_key: str) -> Ru
         fingerprints={
             "config": hashlib.sha256(text.encode("ascii")).hexdigest(),
             "data": data_fingerprint,
+            "held_out": held_out_fingerprint,
             "model": model_key,
         },
         versions=library_versions(),
@@ -90,20 +106,32 @@ def explain_differences(saved: RunIdentity, current: RunIdentity) -> list[Findin
     """
     findings = _setting_differences(saved, current)
     if saved.fingerprints.get("data") != current.fingerprints.get("data"):
-        change = _change("data.path", saved, current) or "same name, other content"
+        change = _change("data.path", saved, current) or "same name, other rows or other tokens"
         findings.append(
             _difference(
                 "resume.data",
                 f"The training data changed ({change}).",
                 why="Rows already trained on and rows still to come would be of different data.",
-                fix="Restore the data file, or start a new run.",
+                fix="Restore the data file (and tokenizer and chat template), or start a new run.",
+            )
+        )
+    elif saved.fingerprints.get("held_out", "") != current.fingerprints.get("held_out", ""):
+        change = (
+            _change("data.held_out_path", saved, current) or "same name, other rows or other tokens"
+        )
+        findings.append(
+            _difference(
+                "resume.data",
+                f"The held-out rows changed ({change}).",
+                why="Losses before and after could not be compared, nor the best step be found.",
+                fix="Restore the held-out rows, or start a new run.",
             )
         )
     if saved.fingerprints.get("model") != current.fingerprints.get("model"):
         change = (
             _change("model.name", saved, current)
             or _change("model.revision", saved, current)
-            or "same name, other weights"
+            or "same name, other weights or another config.json"
         )
         findings.append(
             _difference(

@@ -67,5 +67,5 @@ def _holder(file: FileIO) -> str:
     try:
         held = json.loads(file.read(1024) or b"")
         return f"process {int(held['pid'])} on {str(held['host'])[:100]!r}"
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return "another process"

@@ -78,7 +78,7 @@ def train_null_adapter(
             spec, checkpoint_of(tuned.base), config.model, device=plan.device, progress=observe
         )
         loaded = load_engine(run, config, (spec, store), plan, observe)
-        start = _excused(begin(run, config, loaded, (spec, store), rows, observe))
+        start = _excused(begin(run, config, loaded, (spec, store), (rows, None), observe))
         job = Job(run, config, spec, loaded.plan, rows, held_out, store, loaded.engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tuned.tokenizer)

@@ -10,6 +10,7 @@ from eightgig.adapters.files import read_adapter
 from eightgig.adapters.lora import Adapter
 from eightgig.config import Config, LoraConfig, write_config
 from eightgig.data.batches import Dataset
+from eightgig.disk import Disk
 from eightgig.errors import ModelError, RunError
 from eightgig.models.spec import ModelSpec
 from eightgig.quant.store import Store
@@ -21,9 +22,11 @@ from eightgig.training.identity import (
     RunIdentity,
     explain_differences,
     identify_run,
+    model_fingerprint,
 )
 from eightgig.training.load import Loaded
 from eightgig.training.optimizer import Optimizer
+from eightgig.training.rotation import sweep
 
 START = TrainingState(
     step=0,
@@ -43,7 +46,7 @@ def begin(  # noqa: PLR0913 - a run goes on if none of these has changed
     config: Config,
     loaded: Loaded,
     source: tuple[ModelSpec, Store],
-    rows: Dataset,
+    data: tuple[Dataset, Dataset | None],
     observe: Callable[[object], None],
     *,
     allow_changed_versions: bool = False,
@@ -55,7 +58,7 @@ def begin(  # noqa: PLR0913 - a run goes on if none of these has changed
         config: Its settings.
         loaded: Model, adapter and optimizer.
         source: The base model and its prepared weights.
-        rows: The training rows.
+        data: The rows trained on, and those held out.
         observe: Called with findings.
         allow_changed_versions: Go on also where a library is of another version.
 
@@ -67,7 +70,13 @@ def begin(  # noqa: PLR0913 - a run goes on if none of these has changed
     adapter, optimizer = loaded.engine.adapter, loaded.optimizer
     assert adapter is not None
     start_adapter(adapter, config.lora, spec)
-    identity = identify_run(config, data_fingerprint=rows.fingerprint, model_key=store.manifest.key)
+    rows, held_out = data
+    identity = identify_run(
+        config,
+        data_fingerprint=rows.fingerprint,
+        held_out_fingerprint=held_out.fingerprint if held_out else "",
+        model_key=model_fingerprint(spec.decoder, store.manifest.key),
+    )
     accepted = {VERSION_CODE} if allow_changed_versions else set[str]()
     state = resume_run(run, identity, adapter, optimizer, observe, accepted=accepted)
     if state is START:
@@ -159,4 +168,6 @@ def resume_run(
     adapter.load(checkpoint.adapter)
     if checkpoint.optimizer:
         optimizer.load_state_tensors(checkpoint.optimizer)
+    # Only now: all that is damaged has been set aside, so what is swept was replaced by better.
+    sweep(run.checkpoints_path, Disk())
     return replace(checkpoint.state, guards=forget_speed(checkpoint.state.guards))

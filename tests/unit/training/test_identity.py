@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from eightgig.config import Config, DataConfig, MemoryConfig, ModelConfig
-from eightgig.training.identity import RunIdentity, explain_differences, identify_run
+from eightgig.models.spec import DecoderSpec
+from eightgig.training.identity import (
+    RunIdentity,
+    explain_differences,
+    identify_run,
+    model_fingerprint,
+)
 
 CONFIG = Config(model=ModelConfig(name="m"), data=DataConfig(path="data.jsonl"))
 
@@ -100,13 +106,35 @@ def test_other_data_is_named_with_the_file() -> None:
     (finding,) = explain_differences(_identify(), other)
     assert finding.message == "The training data changed (data.jsonl -> other.jsonl)."
     (finding,) = explain_differences(_identify(), _identify(data="e"))
-    assert finding.message == "The training data changed (same name, other content)."
+    assert finding.message == "The training data changed (same name, other rows or other tokens)."
 
 
 def test_another_model_is_named() -> None:
     other = _identify(_change("model", revision="v2"), model="n")
     (finding,) = explain_differences(_identify(), other)
     assert finding.message == "The base model changed (None -> v2)."
+
+
+def test_other_held_out_rows_are_named() -> None:
+    before = identify_run(CONFIG, data_fingerprint="d", model_key="m", held_out_fingerprint="h")
+    (finding,) = explain_differences(before, replace_fingerprint(before, held_out="i"))
+    assert finding.message == ("The held-out rows changed (same name, other rows or other tokens).")
+    assert finding.severity == "error"
+
+
+def replace_fingerprint(identity: RunIdentity, **changes: str) -> RunIdentity:
+    return replace(identity, fingerprints={**identity.fingerprints, **changes})
+
+
+def test_the_same_weights_under_another_config_are_another_model() -> None:
+    decoder = DecoderSpec(
+        hidden_size=4, vocab_size=11, layers=(), rms_norm_eps=1e-6, activation="silu",
+        attention_scale=1.0, tie_word_embeddings=True, max_positions=64,
+    )  # fmt: skip
+    known = model_fingerprint(decoder, "key")
+    assert known == model_fingerprint(replace(decoder), "key")
+    assert known != model_fingerprint(replace(decoder, rms_norm_eps=1e-5), "key")
+    assert known != model_fingerprint(decoder, "other")
 
 
 def test_another_library_is_named() -> None:

@@ -64,6 +64,8 @@ _PROBE_ROWS = 200
 _CHUNK_ROWS = 64
 _CHUNK_BYTES = 1 << 20
 _BYTES_PER_WORKER = MIB
+# Each has a tokenizer of its own: a quarter of a GiB for Gemma's.
+_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,6 +189,7 @@ def _count_workers(sources: Sequence[Source], settings: RenderSettings) -> int:
         return 0
     affinity = getattr(os, "sched_getaffinity", None)
     cores = os.cpu_count() or 1 if affinity is None else len(affinity(0))
+    cores = min(cores, _MOST_WORKERS)
     return cores if is_hub else max(1, min(cores, size_bytes // _BYTES_PER_WORKER))
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from eightgig.config import DataConfig
 from eightgig.data import pool as pools
+from eightgig.data import prepare
 from eightgig.data.chunks import (
     ARRAYS,
     Chunk,
@@ -23,6 +24,7 @@ from eightgig.data.formats import RowShape
 from eightgig.data.pool import WorkerPool
 from eightgig.data.prepare import Preparation, tokenise
 from eightgig.data.raw import RawRow
+from eightgig.data.sources import Source
 from eightgig.data.tokenizer import render_settings
 from eightgig.errors import DataError
 from tests.chats import make_chat_tokenizer
@@ -124,3 +126,14 @@ def test_leaving_early_ends_the_processes(settings):
         processes = [worker._process for worker in pool._workers]
         next(pool.map(make_chunk(b"{}") for _ in range(50)))
     assert all(process.returncode is not None for process in processes)
+
+
+def test_many_cores_do_not_mean_as_many_tokenizers(tmp_path, settings, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    with path.open("wb") as file:
+        file.truncate(64 << 20)
+    sources = (Source(name=str(path), kind="jsonl"),)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert prepare._count_workers(sources, settings) == 8
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert prepare._count_workers(sources, settings) == 2

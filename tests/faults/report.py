@@ -89,11 +89,14 @@ class _Counted:
         config.pluginmanager.register(self._tally, PLUGIN_NAME)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # A probe that its watch finds wrong fails after its call.
-        if report.when == "teardown" or (report.when == "call" and report.failed):
-            for beginning, what in _PROBES.items():
-                if report.nodeid.startswith(beginning):
-                    self._tally.add(what, passed=report.passed)
+        for beginning, what in _PROBES.items():
+            if not report.nodeid.startswith(beginning):
+                continue
+            if report.when == "call" and not report.skipped:
+                self._tally.add(what, passed=report.passed)
+            elif report.when == "teardown" and report.failed:
+                # Its watch has found it wrong after its call.
+                self._tally.counts[what][1] -= 1
 
 
 def rows_of(tally: Tally) -> list[Row]:

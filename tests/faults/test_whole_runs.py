@@ -172,18 +172,26 @@ def _contents(trial: Trial) -> dict[str, bytes]:
 
 @_few_or_many(2, 20)
 def test_the_second_of_two_writers_is_refused(trials: int, bench: Bench, tally: Tally) -> None:
-    for number in range(trials):
+    number = 0
+    for _ in range(2 * trials):
         trial = bench.trial()
-        first = trial.start()
+        plant = ["slow_steps", 0.3]
+        first = trial.start(plant=plant)
         if number % 2:
             trial.wait_for_step(1, first)
-        second = trial.start()
+        second = trial.start(plant=plant)
         codes = sorted([first.wait(), second.wait()])
         texts = first.text() + second.text()
+        if "No step was left" in texts:
+            continue  # on a busy machine the second came when the first had ended
+        number += 1
         passed = codes == [0, 2] and "is in use by" in texts and trial.problems() == []
         tally.add(WRITERS, passed=passed)
         assert passed, (codes, texts, trial.problems())
         trial.remove()
+        if number == trials:
+            break
+    assert number == trials
 
 
 def test_a_lock_that_a_dead_process_left_is_nobodys(bench: Bench) -> None:

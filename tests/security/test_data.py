@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import resource
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -25,6 +24,8 @@ from eightgig.data.read import read_rows
 from eightgig.data.sources import find_sources
 from eightgig.errors import Finding
 from tests.chats import make_chat_tokenizer
+
+resource = pytest.importorskip("resource", reason="Windows limits otherwise")
 
 ROW = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n'
 

@@ -9,8 +9,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Precision = Literal["float32", "16 bit", "8 bit", "bfloat16", "4 bit"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "16 bit", "8 bit", "bfloat16", "4 bit")
+Precision = Literal["float32", "16 bit", "8 bit", "bfloat16 weights", "bfloat16", "4 bit"]
+PRECISIONS: tuple[Precision, ...] = (
+    "float32", "16 bit", "8 bit", "bfloat16 weights", "bfloat16", "4 bit",
+)  # fmt: skip
 """From fine to coarse: of weights, and `bfloat16` of arithmetic."""
 
 _KEPT_TOKENS = 32
@@ -74,6 +76,11 @@ _TOLERANCES: Mapping[Precision, Tolerance] = {
     ),
     "16 bit": Tolerance(divergence=0.02, margin=0.25, reason="numbers of 16 bits are rounded"),
     "8 bit": Tolerance(divergence=0.05, margin=0.5, reason="weights of 8 bits are rounded"),
+    # An update of less than half of a weight's last bit is rounded away: SmolLM2-135M, merged after
+    # three steps, diverges by 0.07 nats, and parts at a choice that was 0.36 likelier (2026-11).
+    "bfloat16 weights": Tolerance(
+        divergence=0.1, margin=0.5, reason="tuned weights are rounded to bfloat16, with 8 bits"
+    ),
     # llama.cpp multiplies bfloat16 weights with inputs rounded to bfloat16, as GPUs do:
     # SmolLM2-135M diverges by 0.06 nats from float32 (2026-11), q8_0 by less.
     "bfloat16": Tolerance(

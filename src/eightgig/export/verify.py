@@ -54,6 +54,11 @@ _GGUF_PRECISIONS: Mapping[str, Precision] = {
     "bf16": "bfloat16",
     "q8_0": "8 bit",
 }
+_STORED_PRECISIONS: Mapping[str, Precision] = {
+    "float32": "float32",
+    "float16": "16 bit",
+    "bfloat16": "bfloat16 weights",
+}
 # The base model and the data of the training give the loss that the run wrote down, up to the
 # arithmetic of another device.
 _LOSS_TOLERANCE = 0.02
@@ -151,7 +156,7 @@ def verify_merged(
         ExportError: They disagree, or cannot be loaded.
     """
     spec = exported.base.spec
-    stored: Precision = "float32" if spec.dtype == "float32" else "16 bit"
+    stored = _STORED_PRECISIONS[spec.dtype]
     needed_bytes, free_bytes = transformers_bytes(spec), psutil.virtual_memory().available
     if needed_bytes <= free_bytes:
         observe("Loading the merged model with Transformers")

@@ -51,7 +51,7 @@ def finetune(
     from eightgig.memory.ladder import keep_rungs
     from eightgig.models.find import find_base_model
     from eightgig.quant.fetch import checkpoint_of
-    from eightgig.quant.store import is_prepared, open_store
+    from eightgig.quant.store import check_store, is_prepared, open_store
     from eightgig.training.deliver import deliver_adapter
     from eightgig.training.load import load_engine
     from eightgig.training.lock import lock_run
@@ -76,7 +76,8 @@ def finetune(
     plan = keep_rungs(plan, planned_before)
     for item in (*findings, *cuts, plan):
         observe(item)
-    refuse_misfit(plan)
+    refuse_misfit(plan, hardware)
+    check_store(found.spec, checkpoint_of(found), config.model)
 
     run = create_run(config, resume=resume)
     with lock_run(run), log_to(run):

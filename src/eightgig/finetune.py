@@ -56,8 +56,10 @@ def finetune(
     from eightgig.training.load import load_engine
     from eightgig.training.lock import lock_run
     from eightgig.training.loop import Job, train
+    from eightgig.training.monitor import require_reporting
     from eightgig.training.resume import begin
 
+    require_reporting(config.run.report_to)
     planned_before = check_run(config, resume=resume).plan_path
     stores = store_folder(config.model)
     found = find_base_model(config.model, store_folder=stores, show=observe)

@@ -214,6 +214,15 @@ def test_what_the_store_refuses_leaves_no_run_folder(
     assert not list((tmp_path / "stores").glob("*-nf4-*"))
 
 
+def test_a_report_that_cannot_be_written_leaves_no_run_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(ConfigError, match="tensorboard is not installed"):
+        _finish(finetune(_config(folder, tmp_path, report_to="tensorboard")))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_step_that_is_not_finite_leaves_the_adapter_as_it_was(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

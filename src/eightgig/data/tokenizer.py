@@ -20,6 +20,7 @@ PLAIN = "none"
 
 _TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +72,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> PreTrained
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise ModelError(
             f'The tokenizer in "{folder}" cannot be loaded.',
-            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            why=_loading_failure(folder, error),
             fix="Download the model again with its tokenizer.json and tokenizer_config.json.",
         ) from error
     if not getattr(tokenizer, "is_fast", False):
@@ -86,6 +87,14 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> PreTrained
     elif chat_template is not None:
         tokenizer.chat_template = find_chat_template(chat_template)
     return tokenizer
+
+
+def _loading_failure(folder: Path, error: Exception) -> str:
+    """Why a tokenizer cannot be loaded, in one line."""
+    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        return "The folder holds no tokenizer.json."
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"Its files cannot be read: {type(error).__name__}: {lines[0].rstrip(': ')}."
 
 
 def find_chat_template(name: str) -> str:

@@ -68,6 +68,9 @@ def test_a_run_folder_holds_what_the_design_says(folder: Path, tmp_path: Path) -
     seen: list[object] = []
     reports = _finish(finetune(config, observe=seen.append))
     run = tmp_path / "runs" / "run"
+    (left_out,) = (item for item in seen if str(item).startswith("Left out of "))
+    assert "vision" in str(left_out)
+    assert "audio" in str(left_out)
     assert [report.step for report in reports] == list(range(1, STEPS + 1))
     assert reports[-1].loss < reports[0].loss
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

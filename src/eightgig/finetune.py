@@ -51,14 +51,16 @@ def finetune(
     from eightgig.memory.ladder import keep_rungs
     from eightgig.models.find import find_base_model
     from eightgig.quant.fetch import checkpoint_of
-    from eightgig.quant.store import is_prepared, open_store
+    from eightgig.quant.store import check_store, is_prepared, open_store
     from eightgig.training.card import data_facts
     from eightgig.training.deliver import deliver_adapter
     from eightgig.training.load import load_engine
     from eightgig.training.lock import lock_run
     from eightgig.training.loop import Job, train
+    from eightgig.training.monitor import require_reporting
     from eightgig.training.resume import begin
 
+    require_reporting(config.run.report_to)
     planned_before = check_run(config, resume=resume).plan_path
     stores = store_folder(config.model)
     found = find_base_model(config.model, store_folder=stores, show=observe)
@@ -77,7 +79,8 @@ def finetune(
     plan = keep_rungs(plan, config, planned_before)
     for item in (*findings, *cuts, plan):
         observe(item)
-    refuse_misfit(plan)
+    refuse_misfit(plan, hardware)
+    check_store(found.spec, checkpoint_of(found), config.model)
 
     run = create_run(config, resume=resume)
     with lock_run(run), log_to(run):

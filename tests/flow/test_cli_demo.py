@@ -108,6 +108,18 @@ def test_the_system_turn_of_the_demo_is_that_of_its_rows() -> None:
     assert said == {demo.SYSTEM_TURN}
 
 
+def test_the_log_of_a_run_that_went_well_tells_its_course(shown: list[str]) -> None:
+    text = Path(json.loads(shown[-1])["run"], "log.txt").read_text(encoding="utf-8")
+    for words in (
+        "trainable params: ",
+        "kernels: ",
+        "step 0  eval  held out loss",
+        "2  save  path",
+    ):
+        assert words in text
+    assert " ERROR " not in text
+
+
 def test_the_run_of_the_demo_can_be_read_and_evaluated_again(
     shown: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

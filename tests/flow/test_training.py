@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from eightgig.adapters.files import read_adapter
 from eightgig.config import Config, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
-from eightgig.errors import ModelError, RunError
+from eightgig.errors import ConfigError, DoesNotFitError, ModelError, RunError
 from eightgig.finetune import finetune
 from eightgig.models.checkpoint import read_model_spec
 from eightgig.training import identity, worker
@@ -67,6 +68,9 @@ def test_a_run_folder_holds_what_the_design_says(folder: Path, tmp_path: Path) -
     seen: list[object] = []
     reports = _finish(finetune(config, observe=seen.append))
     run = tmp_path / "runs" / "run"
+    (left_out,) = (item for item in seen if str(item).startswith("Left out of "))
+    assert "vision" in str(left_out)
+    assert "audio" in str(left_out)
     assert [report.step for report in reports] == list(range(1, STEPS + 1))
     assert reports[-1].loss < reports[0].loss
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -194,6 +198,31 @@ def test_a_missing_model_leaves_no_run_folder(folder: Path, tmp_path: Path) -> N
     config = replace(config, model=replace(config.model, name=str(tmp_path / "nothing")))
     with pytest.raises(ModelError):
         _finish(finetune(config))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_store_refuses_leaves_no_run_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(folder, tmp_path)
+    with pytest.raises(ConfigError, match="delete_download"):
+        _finish(finetune(replace(config, model=replace(config.model, delete_download=True))))
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(total=1 << 40, used=0, free=9_000))
+    for place in ("eightgig.quant.build.shutil", "eightgig.hardware.probe.shutil"):
+        monkeypatch.setattr(place, full)
+        with pytest.raises(DoesNotFitError, match="of disk") as caught:
+            _finish(finetune(config))
+        assert "model.cache_dir" in caught.value.fix
+    assert not (tmp_path / "runs").exists()
+    assert not list((tmp_path / "stores").glob("*-nf4-*"))
+
+
+def test_a_report_that_cannot_be_written_leaves_no_run_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(ConfigError, match="tensorboard is not installed"):
+        _finish(finetune(_config(folder, tmp_path, report_to="tensorboard")))
     assert not (tmp_path / "runs").exists()
 
 

@@ -7,6 +7,7 @@ run, 130 interrupted.
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # Rows and answers hold any character; a terminal may know less.
             stream.reconfigure(errors="backslashreplace")
+    # bitsandbytes asks for a package that eightgig has no use for, on processors with bfloat16.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_request_for_kernels)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         make_app()(args=words, prog_name="eightgig")
@@ -61,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         render.show_fault()
         return FAULT
     return 0
+
+
+def _is_no_request_for_kernels(record: logging.LogRecord) -> bool:
+    return "kernels-community" not in record.getMessage()
 
 
 def _show_version(value: bool) -> None:

@@ -5,6 +5,7 @@ Imports no torch: the allocator is set up after this module is loaded, and befor
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -24,6 +25,8 @@ from eightgig.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from eightgig.training.step import StepReport
 
+# What is shown of a run is in its log.txt, too: see `eightgig.run.log_to`.
+_LOGGER = logging.getLogger(__name__)
 # Work is shown this often where a line cannot be drawn over.
 _PLAIN_SECONDS = 10.0
 _STYLES = {
@@ -113,7 +116,9 @@ class WorkView:
         if isinstance(item, _BytesDone):
             self._show_bytes(item)
         else:
-            self._print(_notice_text(item))
+            text = _notice_text(item)
+            _LOGGER.info("%s", text.plain)
+            self._print(text)
 
     def _show_bytes(self, item: _BytesDone) -> None:
         name = str(getattr(item, "work", f"preparing {getattr(item, 'model', '')}"))

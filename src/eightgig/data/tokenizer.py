@@ -26,6 +26,7 @@ _CONFIG_FILE = "tokenizer_config.json"
 _MAX_FILE_BYTES = 256 * MIB
 # What a normalizer may put in the place of a character, a post-processor around a text.
 _MAX_INSERTED_CHARS = 1_000
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +81,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> PreTrained
             RecursionError, StrictDataclassError) as error:  # fmt: skip
         raise ModelError(
             f'The tokenizer in "{folder}" cannot be loaded.',
-            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            why=_loading_failure(folder, error),
             fix="Download the model again with its tokenizer.json and tokenizer_config.json.",
         ) from error
     if not getattr(tokenizer, "is_fast", False):
@@ -147,6 +148,14 @@ def _inserted_lengths(state: object) -> Iterator[int]:
     elif isinstance(state, list):
         for value in state:
             yield from _inserted_lengths(value)
+
+
+def _loading_failure(folder: Path, error: Exception) -> str:
+    """Why a tokenizer cannot be loaded, in one line."""
+    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        return "The folder holds no tokenizer.json."
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"Its files cannot be read: {type(error).__name__}: {lines[0].rstrip(': ')}."
 
 
 def find_chat_template(name: str) -> str:

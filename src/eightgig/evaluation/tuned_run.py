@@ -172,7 +172,7 @@ def plan_rows(
         is_prepared=is_prepared(tuned.base, config.model),
     )
     observe(plan)
-    refuse_misfit(plan)
+    refuse_misfit(plan, hardware)
     assert held_out is not None
     trained_on = _trained_fingerprint(tuned.run)
     if change is None and trained_on not in (None, rows.fingerprint):
@@ -200,7 +200,7 @@ def plan_conversation(tuned: TunedRun) -> Plan:
     plan = make_plan(
         tuned.base.spec, hardware, config, is_prepared=is_prepared(tuned.base, config.model)
     )
-    refuse_misfit(plan)
+    refuse_misfit(plan, hardware)
     return plan
 
 

@@ -258,7 +258,7 @@ def _unquantised_plan(exported: TunedRun, prompts: Prompts, place: Path) -> Plan
     model = replace(config.model, quantization="none")
     hardware = probe(config.memory.device, store_folder(config.model))
     plan = make_plan(spec, hardware, replace(config, model=model, data=data))
-    refuse_misfit(plan)
+    refuse_misfit(plan, hardware)
     return plan
 
 

@@ -45,6 +45,11 @@ def advise(problem: Problem, solution: Solution) -> tuple[str, ...]:
     if solution.fits:
         return tuple(notes)
     notes += _shortages(problem, solution)
+    if solution.disk_bytes > problem.hardware.disk_free_bytes:
+        # No setting gives room on the disk: what else is wrong is judged as if there were enough.
+        problem = _with_enough_disk(problem, solution.disk_bytes)
+        if solve(problem).fits:
+            return tuple(notes)
     harmless = list(_harmless_changes(problem, solution))
     enough = [change for change in harmless if solve(change.problem).fits]
     notes += [f"{change.text}: then it fits." for change in enough]
@@ -174,6 +179,11 @@ def _without_programs(hardware: Hardware) -> Hardware:
     return dataclasses.replace(
         hardware, display_bytes=held, vram_free_bytes=hardware.vram_total_bytes - held
     )
+
+
+def _with_enough_disk(problem: Problem, disk_bytes: int) -> Problem:
+    hardware = dataclasses.replace(problem.hardware, disk_free_bytes=disk_bytes)
+    return dataclasses.replace(problem, hardware=hardware)
 
 
 def _change_memory(problem: Problem, name: str, text: str) -> _Change:

@@ -102,14 +102,26 @@ def bind_layout(config: Config, plan_path: Path) -> Config:
     return replace(config, memory=memory)
 
 
-def refuse_misfit(plan: Plan) -> None:
+def refuse_misfit(plan: Plan, hardware: Hardware) -> None:
     """Stop where a plan does not fit.
+
+    Args:
+        plan: What it needs.
+        hardware: What it was made for.
 
     Raises:
         DoesNotFitError: With what takes how much, and what would change it.
     """
     if plan.fits:
         return
+    has_memory = plan.peak_bytes <= plan.budget_bytes and plan.host_bytes <= plan.host_budget_bytes
+    if has_memory and plan.disk_bytes > hardware.disk_free_bytes:
+        raise DoesNotFitError(
+            f"{format_bytes(plan.disk_bytes)} of disk are needed; "
+            f"{format_bytes(hardware.disk_free_bytes)} are free.",
+            why="The prepared weights and the checkpoints of the run are written there.",
+            fix=" ".join(plan.advice),
+        )
     largest = sorted(plan.breakdown.items(), key=lambda item: -item[1])
     items = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest[:4])
     raise DoesNotFitError(

@@ -45,7 +45,8 @@ def find_base_model(
     Args:
         config: The group `model`.
         store_folder: Where the prepared weights will go: their bytes count, too.
-        show: Called with a line before anything is fetched.
+        show: Called with a line before anything is fetched, and with one that names the parts
+            that are left out (vision, audio), where there are any.
 
     Raises:
         ModelError: Not there, unreachable, unsupported or damaged.
@@ -67,4 +68,6 @@ def find_base_model(
         )
         found = FoundModel(spec=read_model_spec(model.path, name=config.name), folder=model.path)
     require_trainable(found.spec)
+    if found.spec.skipped_parts:
+        show(f"Left out of {config.name}: {', '.join(found.spec.skipped_parts)}.")
     return found

@@ -42,6 +42,7 @@ from eightgig.run import write_json
 from eightgig.units import format_bytes
 
 MANIFEST_FILE = "manifest.json"
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,28 +107,50 @@ def prepare_store(
         ConfigError: `cache_dir` cannot be written.
         ModelError: The checkpoint lacks a tensor or is damaged.
     """
-    copies_tables = isinstance(checkpoint, Download)
-    source_folder = checkpoint.folder if isinstance(checkpoint, Download) else checkpoint
-    key = store_key(spec, source_folder, quantization, copies_tables=copies_tables)
-    folder = cache_dir / key
+    preparation = _plan_preparation(spec, checkpoint, cache_dir, quantization)
+    folder = preparation.folder
     if (folder / MANIFEST_FILE).exists():
         return folder
     with _named_failures(spec, cache_dir):
         folder.mkdir(parents=True, exist_ok=True)
         with _only_process(folder):
             if not (folder / MANIFEST_FILE).exists():
-                _Preparation(
-                    spec=spec,
-                    checkpoint=checkpoint,
-                    source_folder=source_folder,
-                    folder=folder,
-                    quantization=quantization,
-                    device=device,
-                    progress=progress,
-                ).run()
+                preparation.device, preparation.progress = device, progress
+                preparation.run()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # slices of other sizes than training will need
     return folder
+
+
+def check_room(
+    spec: ModelSpec, checkpoint: Path | Download, *, cache_dir: Path, quantization: Quantization
+) -> None:
+    """Refuse what `prepare_store` would refuse for want of room or of a folder to write to.
+
+    Raises:
+        DoesNotFitError: The disk has not enough room.
+        ConfigError: `cache_dir` cannot be written.
+    """
+    preparation = _plan_preparation(spec, checkpoint, cache_dir, quantization)
+    if not (preparation.folder / MANIFEST_FILE).exists():
+        with _named_failures(spec, cache_dir):
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            preparation.require_disk_space()
+
+
+def _plan_preparation(
+    spec: ModelSpec, checkpoint: Path | Download, cache_dir: Path, quantization: Quantization
+) -> _Preparation:
+    copies_tables = isinstance(checkpoint, Download)
+    source_folder = checkpoint.folder if isinstance(checkpoint, Download) else checkpoint
+    key = store_key(spec, source_folder, quantization, copies_tables=copies_tables)
+    return _Preparation(
+        spec=spec,
+        checkpoint=checkpoint,
+        source_folder=source_folder,
+        folder=cache_dir / key,
+        quantization=quantization,
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -143,20 +166,16 @@ class _Preparation:
     source_folder: Path
     folder: Path
     quantization: Quantization
-    device: torch.device
-    progress: Progress | None
+    device: torch.device = _CPU
+    progress: Progress | None = None
     done_bytes: int = 0
     total_bytes: int = 0
     source: CheckpointSource | None = None
 
     def run(self) -> None:
         """Build what is missing, then write the manifest."""
-        copies_tables = isinstance(self.checkpoint, Download)
-        parts = store_parts(self.spec, self.quantization, copies_tables=copies_tables)
-        missing = [part for part in parts if not self._is_done(part)]
-        if copies_tables:
-            missing = in_download_order(missing, self.spec)
-        self._require_disk_space(missing)
+        parts, missing = self._parts()
+        self.require_disk_space()
         self.total_bytes = sum(part.source_bytes for part in parts)
         self._advance(self.total_bytes - sum(part.source_bytes for part in missing))
         self._drop_files(missing)
@@ -164,6 +183,13 @@ class _Preparation:
             self._writer(part).write(part)
             self._drop_files(missing[number + 1 :])
         self._write_manifest(parts)
+
+    def _parts(self) -> tuple[Sequence[Part], Sequence[Part]]:
+        """All parts, and those that are missing in the order they are made."""
+        copies_tables = isinstance(self.checkpoint, Download)
+        parts = store_parts(self.spec, self.quantization, copies_tables=copies_tables)
+        missing = [part for part in parts if not self._is_done(part)]
+        return parts, in_download_order(missing, self.spec) if copies_tables else missing
 
     def _is_done(self, part: Part) -> bool:
         path = self.folder / part.file
@@ -174,22 +200,26 @@ class _Preparation:
             return finished is not None and path.stat().st_size == finished.blob.size_bytes
         return part.kind == "other" or path.stat().st_size == part.stored_bytes
 
-    def _require_disk_space(self, missing: Sequence[Part]) -> None:
-        needed = {self.folder: sum(part.stored_bytes for part in missing)}
+    def require_disk_space(self) -> None:
+        """Compare what the missing parts take with what is free."""
+        _, missing = self._parts()
+        store_folder = _existing(self.folder)
+        needed = {store_folder: sum(part.stored_bytes for part in missing)}
         if isinstance(self.checkpoint, Download):
             present = frozenset(
                 file for file in file_bytes(self.spec) if (self.source_folder / file).exists()
             )
             download, both = download_peak_bytes(missing, self.spec, present)
             source_folder = _existing(self.source_folder)
-            if source_folder.stat().st_dev == self.folder.stat().st_dev:
-                needed = {self.folder: both}
+            if source_folder.stat().st_dev == store_folder.stat().st_dev:
+                needed = {store_folder: both}
             else:
                 needed[source_folder] = download
         for folder, size_bytes in needed.items():
             free_bytes = shutil.disk_usage(folder).free
             if size_bytes > free_bytes:
-                raise _disk_too_small(self.spec, folder, size_bytes, free_bytes)
+                shown = self.folder.parent if folder == store_folder else folder
+                raise _disk_too_small(self.spec, shown, size_bytes, free_bytes)
 
     def _writer(self, part: Part) -> PartWriter:
         """What writes `part`, after making sure that the files it needs are there."""
@@ -313,7 +343,7 @@ def _disk_too_small(
     return DoesNotFitError(
         f"Preparing {spec.name} needs {format_bytes(needed_bytes)} of disk; "
         f"{format_bytes(free_bytes)} are free.",
-        why=f"The files are written below {folder.parent}.",
+        why=f"The files are written below {folder}.",
         fix="Set `model.cache_dir` to a folder on a larger disk, or free "
         f"{format_bytes(needed_bytes - free_bytes)} there.",
     )

@@ -28,14 +28,21 @@ class CheckpointSource:
         self._tensors = spec.tensors
         self._reader = TensorReader(folder, spec.tensors)
 
-    def read(self, name: str) -> Tensor:
-        """The tensor by its full name as it is stored, mapped read-only."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor by its full name as it is stored, mapped read-only.
+
+        Args:
+            name: Full name.
+            rows: Consecutive rows of it; None: all. One that lies at an odd byte is copied, so
+                take a large table by slices.
+        """
         spec = self._tensors[name]
-        data = tensor_of(self._reader.read(name))
+        data = tensor_of(self._reader.read(name, rows))
         dtype = _DTYPES[spec.dtype]
         if data.data_ptr() % dtype.itemsize:
             data = data.clone()  # an odd header length; torch reads at multiples only
-        return data.view(dtype).view(spec.shape)
+        shape = spec.shape if rows is None else (-1, *spec.shape[1:])
+        return data.view(dtype).view(shape)
 
     def four_bit(self, name: str) -> FourBitTensor | None:
         """The weight `name` where it is stored in 4 bit, else None.

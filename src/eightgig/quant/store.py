@@ -18,7 +18,7 @@ from torch import Tensor
 from eightgig.config import ModelConfig, store_folder
 from eightgig.errors import ConfigError, ModelError
 from eightgig.models.spec import ModelSpec
-from eightgig.quant.build import MANIFEST_FILE, Download, Progress, prepare_store
+from eightgig.quant.build import MANIFEST_FILE, Download, Progress, check_room, prepare_store
 from eightgig.quant.layout import ITEM_BYTES
 from eightgig.quant.manifest import FORMAT_VERSION, Manifest, StoredTable
 from eightgig.quant.mapping import map_file, tensor_bytes
@@ -151,12 +151,7 @@ def open_store(
         RunError: Another process is preparing this store.
         ModelError: The checkpoint, or the store found, is damaged.
     """
-    if config.delete_download and isinstance(checkpoint, Path):
-        raise ConfigError(
-            f"`model.delete_download` cannot be used with {spec.name}.",
-            why="It deletes what was downloaded; this model is a folder of yours.",
-            fix="Remove `model.delete_download`, or set `model.name` to a hub id.",
-        )
+    _refuse_deletion(spec, checkpoint, config)
     folder = prepare_store(
         spec,
         checkpoint,
@@ -168,12 +163,28 @@ def open_store(
     return Store.open(folder)
 
 
+def check_store(spec: ModelSpec, checkpoint: Path | Download, config: ModelConfig) -> None:
+    """Refuse at once what `open_store` would refuse before its first byte, see there."""
+    _refuse_deletion(spec, checkpoint, config)
+    cache_dir = store_folder(config)
+    check_room(spec, checkpoint, cache_dir=cache_dir, quantization=config.quantization)
+
+
 def is_prepared(found: FoundModel, config: ModelConfig) -> bool:
     """Whether `open_store` would find the store of `found` complete."""
     key = store_key(
         found.spec, found.folder, config.quantization, copies_tables=found.hub is not None
     )
     return (store_folder(config) / key / MANIFEST_FILE).exists()
+
+
+def _refuse_deletion(spec: ModelSpec, checkpoint: Path | Download, config: ModelConfig) -> None:
+    if config.delete_download and isinstance(checkpoint, Path):
+        raise ConfigError(
+            f"`model.delete_download` cannot be used with {spec.name}.",
+            why="It deletes what was downloaded; this model is a folder of yours.",
+            fix="Remove `model.delete_download`, or set `model.name` to a hub id.",
+        )
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eightgig.errors import ModelError
+from eightgig.models.layout import other_tensor_shapes
 from eightgig.models.spec import ModelSpec, linear_shapes
 from eightgig.quant.four_bit import FourBitTensor
 from eightgig.quant.layout import Quantization, layer_layout, stored_dtype
@@ -156,15 +157,18 @@ class PartWriter:
 
     def _write_table(self, part: Part) -> None:
         name, full_name = next(iter(part.names.items()))
-        numbers, dtype = self.source.numbers(full_name), dtype_of(self.spec.dtype)
-        num_rows, num_columns = numbers.shape
+        stored, dtype = self.source.four_bit(full_name), dtype_of(self.spec.dtype)
+        numbers = None if stored is None else stored.dequantize()
+        num_rows, num_columns = other_tensor_shapes(self.spec.decoder)[name]
         step = max(_TABLE_SLICE_BYTES // (num_columns * dtype.itemsize), 1)
 
         def pieces() -> Iterator[Tensor | bytes]:
             yield table_header(self.spec, name)
             for first_row in range(0, num_rows, step):
                 last_row = min(first_row + step, num_rows)
-                yield numbers[first_row:last_row].to(dtype)
+                rows = slice(first_row, last_row)
+                piece = self.source.read(full_name, rows) if numbers is None else numbers[rows]
+                yield piece.to(dtype)
                 start, stop = (part.source_bytes * row // num_rows for row in (first_row, last_row))
                 self.advance(stop - start)
 

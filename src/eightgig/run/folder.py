@@ -58,7 +58,7 @@ class Run:
 
     @property
     def log_path(self) -> Path:
-        """What the terminal showed."""
+        """What the terminal showed beside steps and progress: events, choices, errors."""
         return self.folder / "log.txt"
 
     @property

@@ -93,7 +93,7 @@ def bench(
     rows = random_rows(spec, config)
     measured = row_lengths(config, rows, None)
     plan = make_plan(spec, hardware, config, rows=measured, is_prepared=True)
-    refuse_misfit(plan)
+    refuse_misfit(plan, hardware)
     timing = time_plan(case, spec, store, plan, (config, rows))
     tokens_per_second = timing.tokens_per_second(len(rows.input_ids))
     return BenchResult(

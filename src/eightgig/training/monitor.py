@@ -6,6 +6,7 @@ that takes no more costs lines of a report, never the training.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -211,13 +212,27 @@ def _json_line(value: Any) -> str:
     return json.dumps(to_json(value))
 
 
+def require_reporting(report_to: str) -> None:
+    """Refuse a report that could not be written, before anything is made for the run.
+
+    Raises:
+        ConfigError: TensorBoard is asked for and not installed.
+    """
+    if report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise _no_tensorboard("it is missing")
+
+
+def _no_tensorboard(reason: str) -> ConfigError:
+    return ConfigError(
+        "run.report_to: tensorboard is not installed.",
+        why=f"Its files are written by its own package ({reason}).",
+        fix='Run pip install "eightgig[tensorboard]", or set run.report_to: none.',
+    )
+
+
 def _open_tensorboard(folder: Path, next_step: int) -> SummaryWriter:
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
-        raise ConfigError(
-            "run.report_to: tensorboard is not installed.",
-            why=f"Its files are written by its own package ({error}).",
-            fix='Run pip install "eightgig[tensorboard]", or set run.report_to: none.',
-        ) from error
+        raise _no_tensorboard(str(error)) from error
     return SummaryWriter(log_dir=str(folder), purge_step=next_step)

@@ -52,6 +52,21 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
     assert str(tmp_path) in caught.value.message
 
 
+def test_a_folder_without_tokenizer_files_is_said_so(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.why == "The folder holds no tokenizer.json."
+
+
+def test_a_damaged_tokenizer_is_said_so_in_words(tmp_path, tokenizer):
+    (save(tokenizer, tmp_path) / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.why.startswith("Its files cannot be read: ")
+    assert caught.value.why.endswith(".")
+
+
 def test_no_folder_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="There is no model folder"):
         load_tokenizer(tmp_path / "none")

@@ -94,6 +94,21 @@ def test_main_memory_that_is_missing_is_said_in_bytes() -> None:
     assert "of main memory" in text
 
 
+def test_where_only_the_disk_is_too_small_nothing_else_is_advised() -> None:
+    plan, _ = _advice(machine=dataclasses.replace(cases.card(), disk_free_bytes=GIB))
+    assert not plan.fits
+    (line,) = plan.advice
+    assert re.fullmatch(r"Free [\d.]+ GiB of disk, or set model\.cache_dir .* are needed\.", line)
+
+
+def test_with_too_small_a_disk_other_advice_still_holds() -> None:
+    machine = dataclasses.replace(cases.card(), disk_free_bytes=GIB)
+    plan, text = _advice(machine=machine, memory={"layer_slots": 80})
+    assert not plan.fits
+    assert "of disk" in text
+    assert "Set memory.layer_slots: auto: then it fits." in text
+
+
 def test_where_nothing_helps_a_smaller_model_is_advised() -> None:
     machine = cases.card(display_bytes=0, context_bytes=0)
     machine = dataclasses.replace(machine, vram_total_bytes=GIB, vram_free_bytes=GIB)

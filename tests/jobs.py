@@ -97,9 +97,8 @@ def make_job(
     run = create_run(config, resume=resume)
     source = (spec, store)
     loaded = load_engine(run, config, source, planned, observe)
-    start = begin(
-        run, config, loaded, source, rows, observe, allow_changed_versions=allow_changed_versions
-    )
+    allow, data = allow_changed_versions, (rows, held_out)
+    start = begin(run, config, loaded, source, data, observe, allow_changed_versions=allow)
     return Job(run, config, spec, loaded.plan, rows, held_out, store, loaded.engine, start)
 
 

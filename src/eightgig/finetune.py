@@ -86,7 +86,6 @@ def finetune(
     with lock_run(run), log_to(run):
         write_json(run.plan_path, plan)
         write_json(run.environment_path, describe_environment(device=hardware.name))
-        write_json(run.data_path, data_facts(rows, held_out, tokenizer))
         store = open_store(
             found.spec,
             checkpoint_of(found),
@@ -101,6 +100,7 @@ def finetune(
             observe(item)
         allow, data = allow_changed_versions, (rows, held_out)
         start = begin(run, config, loaded, source, data, observe, allow_changed_versions=allow)
+        write_json(run.data_path, data_facts(rows, held_out, tokenizer))
         job = Job(run, config, found.spec, plan, rows, held_out, store, engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tokenizer)

@@ -38,15 +38,15 @@ def pretend_version(library: str, version: str) -> None:
 
 def nan_loss(first: int, last: int, value: str) -> None:
     """The loss of some steps is no number."""
-    from eightgig.training import loop
+    from eightgig.training import worker
 
-    real_step = loop.run_step
+    real_step = worker.run_step
 
-    def step(engine: Any, prepared: Any) -> tuple[float, float]:
-        loss, norm = real_step(engine, prepared)
+    def step(engine: Any, prepared: Any, *more: Any) -> tuple[float, float]:
+        loss, norm = real_step(engine, prepared, *more)
         return (float(value) if first <= prepared.step <= last else loss, norm)
 
-    loop.run_step = step
+    worker.run_step = step
 
 
 def nan_gradient(first: int, last: int, value: str) -> None:
@@ -107,15 +107,15 @@ def nan_moment(first: int, last: int, value: str) -> None:
 
 
 def _before_steps(work: Callable[[Any, Any], object]) -> None:
-    from eightgig.training import loop
+    from eightgig.training import worker
 
-    real_step = loop.run_step
+    real_step = worker.run_step
 
-    def step(engine: Any, prepared: Any) -> tuple[float, float]:
+    def step(engine: Any, prepared: Any, *more: Any) -> tuple[float, float]:
         work(engine, prepared)
-        return real_step(engine, prepared)
+        return real_step(engine, prepared, *more)
 
-    loop.run_step = step
+    worker.run_step = step
 
 
 def count_disk(path: str) -> None:

@@ -67,6 +67,7 @@ FREE = {
     "run.save_epochs": "false",
     "run.save_total_limit": "5",
     "run.eval_steps": "5",
+    "run.pause_above_celsius": "0",
 }
 _SOME = ("train.learning_rate", "lora.r", "train.seed")
 # Judged by what lies there, or cannot be tried on this machine.

@@ -70,7 +70,7 @@ def test_a_text_is_tokenised_again_only_where_it_is_new(whole, encoder, monkeypa
 
 @pytest.mark.parametrize("chat", CHATS)
 def test_only_tokenizers_that_never_join_across_a_blank_go_word_by_word(chat):
-    tokenizer = make_chat_tokenizer(chat).backend_tokenizer
+    tokenizer = make_chat_tokenizer(chat, TEMPLATE).backend_tokenizer
     assert can_split(tokenizer) == chat.startswith("gemma4")
 
 

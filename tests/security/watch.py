@@ -54,7 +54,9 @@ class Watch:
         elif name == "subprocess.Popen":
             words = [os.fsdecode(word) for word in arguments[1]]
             own = ("eightgig.data.worker", "eightgig.hardware.facts")
-            if not any(word in words for word in own) and words[0] != "uname":
+            # Python asks for the machine, Matplotlib for the fonts.
+            is_known = words[0] in ("uname", "fc-list")
+            if not any(word in words for word in own) and not is_known:
                 self.events.append(f"{name} {words!r:.200}")
         elif name == "exec":
             file = getattr(arguments[0], "co_filename", "?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,9 @@ def run_demo(config: Config, view: TrainingView) -> tuple[DemoResult, tuple[Answ
         What came of it, and all answers side by side.
     """
     start_seconds = time.monotonic()
+    # Read when torch is loaded. So small a model gains nothing from a second thread, and loses what
+    # starting it costs.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for report in finetune(config, observe=view.notice):
         view.step(report)
     training_seconds = time.monotonic() - start_seconds

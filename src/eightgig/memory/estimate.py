@@ -325,7 +325,7 @@ def attention_workspace_bytes(work: Workload, layer: LayerSize, layout: Layout) 
     FlashAttention (head_dim up to 256): float32 sums of the queries' gradient, N Q, with 128
     tokens more for each row, and K and V gradients per query head where heads share them. Ours: a
     float32 per head and token, and float32 sums of the gradients of k and v by split, no more than
-    query heads and no more than fill the card. Plain: five float32 copies of the scores of 256
+    query heads and no more than fill the card. Plain: three float32 copies of the scores of 256
     queries, and float32 sums.
     """
     shape, tokens = layer.shape, layout.micro_batch_tokens
@@ -338,7 +338,7 @@ def attention_workspace_bytes(work: Workload, layer: LayerSize, layout: Layout) 
     if layout.kernels == "triton":
         return fused
     keys = min(work.max_length, (shape.sliding_window or work.max_length) + 256)
-    plain = 5 * 4 * shape.num_heads * 256 * keys + tokens * 2 * layer.kv_size * 4
+    plain = 3 * 4 * shape.num_heads * 256 * keys + tokens * 2 * layer.kv_size * 4
     return max(plain, fused) if work.has_device else plain
 
 

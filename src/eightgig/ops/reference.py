@@ -303,11 +303,13 @@ def attention(
     lse = torch.empty(q.shape[1], q.shape[0], dtype=wide(q).dtype, device=q.device)
     for block, keys in _attention_blocks(cu_seqlens, window):
         scores = _block_scores(q, k, block, keys, scale, window)  # (K, H/K, m, n)
-        block_lse = torch.logsumexp(scores, -1)
-        weights = torch.exp(scores - block_lse[..., None])
+        maxima = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(maxima).exp_()
+        sums = weights.sum(-1, keepdim=True)
         values = wide(v[keys]).permute(1, 0, 2)[:, None]  # (K, 1, n, hd)
-        result[block] = (weights @ values).flatten(0, 1).transpose(0, 1).to(q.dtype)
-        lse[:, block] = block_lse.flatten(0, 1)
+        outputs = (weights @ values).div_(sums)
+        result[block] = outputs.flatten(0, 1).transpose(0, 1).to(q.dtype)
+        lse[:, block] = maxima.add_(sums.log_())[..., 0].flatten(0, 1)
     return result, lse
 
 
@@ -331,11 +333,11 @@ def attention_backward(
     for block, keys in _attention_blocks(cu_seqlens, window):
         scores = _block_scores(q, k, block, keys, scale, window)
         block_lse = lse[:, block].reshape(num_kv_heads, group, -1)
-        weights = torch.exp(scores - block_lse[..., None].to(scores.dtype))
+        weights = scores.sub_(block_lse[..., None].to(scores.dtype)).exp_()
         g, o = _by_kv_head(wide(grad_out[block]), group), _by_kv_head(wide(out[block]), group)
         values = wide(v[keys]).permute(1, 0, 2)[:, None]
-        grad_scores = g @ values.transpose(-1, -2) - (g * o).sum(-1, keepdim=True)
-        grad_scores = grad_scores * weights * scale
+        grad_scores = g @ values.transpose(-1, -2)
+        grad_scores.sub_((g * o).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
         grad_block = grad_scores @ wide(k[keys]).permute(1, 0, 2)[:, None]
         grad_q[block] = grad_block.flatten(0, 1).transpose(0, 1).to(q.dtype)
         queries = _by_kv_head(wide(q[block]), group)
@@ -366,13 +368,13 @@ def _block_scores(
     q: Tensor, k: Tensor, block: slice, keys: slice, scale: float, window: int | None
 ) -> Tensor:
     queries = _by_kv_head(wide(q[block]), q.shape[1] // k.shape[1])
-    scores = queries @ wide(k[keys]).permute(1, 2, 0)[:, None] * scale
+    scores = (queries * scale) @ wide(k[keys]).permute(1, 2, 0)[:, None]
     query_at = torch.arange(block.start, block.stop, device=q.device)[:, None]
     key_at = torch.arange(keys.start, keys.stop, device=q.device)[None]
     hidden = key_at > query_at
     if window is not None:
         hidden |= key_at <= query_at - window
-    return scores.masked_fill(hidden, float("-inf"))
+    return scores.masked_fill_(hidden, float("-inf"))
 
 
 def cross_entropy_chunk(

@@ -142,6 +142,11 @@ class TrainConfig:
     early_stopping_patience: int = 0
     """Evaluations without a better held-out loss before stopping; 0 never stops."""
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, however they are packed."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConfig:

@@ -65,18 +65,17 @@ def fit_rows(
 def describe_packing(config: Config, rows: Dataset, micro_batch_tokens: int) -> Choice:
     """How full the micro-batches of a step are."""
     train = config.train
-    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     use = measure_packing(
         rows,
         seed=train.seed,
-        rows_per_step=rows_per_step,
+        rows_per_step=train.rows_per_step,
         micro_batch_tokens=micro_batch_tokens,
         packing=config.data.packing,
     )
-    steps = -(-use.rows // rows_per_step)
+    steps = -(-use.rows // train.rows_per_step)
     reason = (
-        f"{rows_per_step:,} rows a step in {use.micro_batches / steps:.1f} micro-batches of up to "
-        f"{micro_batch_tokens:,} tokens, without padding"
+        f"{train.rows_per_step:,} rows a step in {use.micro_batches / steps:.1f} micro-batches "
+        f"of up to {micro_batch_tokens:,} tokens, without padding"
         if config.data.packing
         else "`data.packing` is off: every row has a micro-batch of its own"
     )
@@ -135,12 +134,11 @@ def refuse_misfit(plan: Plan, hardware: Hardware) -> None:
 
 def row_lengths(config: Config, rows: Dataset, held_out: Dataset | None) -> RowLengths:
     """What the planner needs to know of the rows; held-out rows must pass, too."""
-    train = config.train
     lengths = rows.lengths
     measured = measure_rows(
         lengths.tolist(),
         trained_per_row(rows).tolist(),
-        train.per_device_train_batch_size * train.gradient_accumulation_steps,
+        config.train.rows_per_step,
     )
     if held_out is None:
         return measured

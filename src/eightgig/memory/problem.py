@@ -235,8 +235,7 @@ def _num_steps(config: Config, rows: RowLengths | None) -> int | None:
         return train.max_steps
     if rows is None:
         return None
-    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return math.ceil(rows.num_rows / rows_per_step * train.num_train_epochs)
+    return math.ceil(rows.num_rows / train.rows_per_step * train.num_train_epochs)
 
 
 def _check_memory_settings(config: Config, max_length: int) -> None:

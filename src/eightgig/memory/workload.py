@@ -143,8 +143,7 @@ def build_workload(
     """The workload of training `spec` as `config` says, on rows of up to `max_length` tokens."""
     decoder = spec.decoder if isinstance(spec, ModelSpec) else spec
     train = config.train
-    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    step_tokens = rows_per_step * max_length
+    step_tokens = train.rows_per_step * max_length
     if rows is not None and rows.step_tokens is not None:
         step_tokens = max(max_length, min(step_tokens, rows.step_tokens))
     step_loss_tokens = step_tokens
@@ -158,7 +157,7 @@ def build_workload(
         has_device=has_device,
         max_length=max_length,
         row_tokens=float(max_length) if rows is None else min(rows.mean_tokens, max_length),
-        rows_per_step=rows_per_step,
+        rows_per_step=train.rows_per_step,
         step_tokens=step_tokens,
         step_loss_tokens=step_loss_tokens,
         loss_share=1.0 if rows is None else rows.loss_share,

@@ -213,7 +213,7 @@ def random_rows(spec: ModelSpec, config: Config) -> Dataset:
     """The rows of one optimizer step, each of `data.max_length` random tokens, all trained."""
     vocab_size, tokens = spec.decoder.vocab_size, config.data.max_length
     assert isinstance(tokens, int), f"data.max_length is {tokens}"
-    count = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    count = config.train.rows_per_step
     ids = np.random.default_rng(0).integers(
         min(_FIRST_TOKEN, vocab_size // 2), vocab_size, count * tokens, dtype=np.int32
     )

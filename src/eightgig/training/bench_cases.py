@@ -167,9 +167,8 @@ def make_cases(
             shares_layers=shares_layers,
         )
         config = read_config(None, case.settings)  # wrong values are refused before a case runs
-        rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
         said = [f"{name}={value}" for name, value in pairs if name not in ("tokens", "rows")]
-        name = ", ".join((f"{model}-{rows}x{config.data.max_length}", *said))
+        name = ", ".join((f"{model}-{config.train.rows_per_step}x{config.data.max_length}", *said))
         cases.append(replace(case, name=name))
     return tuple(cases)
 

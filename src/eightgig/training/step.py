@@ -114,19 +114,18 @@ class StepSchedule:
 def make_schedule(config: Config, dataset: Dataset, micro_batch_tokens: int) -> StepSchedule:
     """The steps of a run: `max_steps`, or as many as `num_train_epochs` passes take."""
     train = config.train
-    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(dataset.num_rows / rows_per_step)
+    steps_per_epoch = math.ceil(dataset.num_rows / train.rows_per_step)
     total_steps = math.ceil(train.num_train_epochs * steps_per_epoch)
     return StepSchedule(
         dataset=dataset,
-        rows_per_step=rows_per_step,
+        rows_per_step=train.rows_per_step,
         total_steps=train.max_steps if train.max_steps > 0 else total_steps,
         seed=train.seed,
         micro_batch_tokens=micro_batch_tokens,
         packing=config.data.packing,
         epoch_steps=lru_cache(maxsize=1)(
             lambda epoch: step_rows(
-                dataset, epoch=epoch, seed=train.seed, rows_per_step=rows_per_step
+                dataset, epoch=epoch, seed=train.seed, rows_per_step=train.rows_per_step
             )
         ),
     )

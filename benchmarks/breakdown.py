@@ -40,11 +40,11 @@ from eightgig.memory.speed import (  # noqa: E402
 )
 from eightgig.memory.workload import build_workload  # noqa: E402
 from eightgig.run import append_json_line  # noqa: E402
-from eightgig.training.bench import prepare_random_store, random_rows  # noqa: E402
+from eightgig.training.bench import prepare_random_store, random_rows, take_step  # noqa: E402
 from eightgig.training.bench_cases import case_spec  # noqa: E402
 from eightgig.training.identity import library_versions  # noqa: E402
 from eightgig.training.optimizer import make_optimizer  # noqa: E402
-from eightgig.training.step import make_schedule, prepare_step, run_step  # noqa: E402
+from eightgig.training.step import make_schedule, prepare_step  # noqa: E402
 
 # First match counts; names are those of eightgig's kernels, FlashAttention, cuBLAS and PyTorch.
 KINDS = (
@@ -85,9 +85,7 @@ def main() -> int:
     def step(number: int) -> float:
         prepared = prepare_step(engine, schedule.batches(number), step=number, seed=None)
         start_seconds = time.perf_counter()
-        _, norm = run_step(engine, prepared)
-        optimizer.start_step(1e-4, min(1.0, 1.0 / (norm + 1e-6)))
-        engine.model.ring.invalidate_changing()
+        take_step(engine, optimizer, prepared)
         torch.cuda.synchronize()
         return time.perf_counter() - start_seconds
 

@@ -43,10 +43,18 @@ from eightgig.run import from_json, write_json
 from eightgig.training.bench_cases import BenchCase, BenchResult, case_spec, store_path
 from eightgig.training.identity import library_versions
 from eightgig.training.optimizer import Optimizer, make_optimizer
-from eightgig.training.step import StepSchedule, make_schedule, prepare_step, run_step
+from eightgig.training.step import (
+    PreparedStep,
+    StepSchedule,
+    clip_scale,
+    make_schedule,
+    prepare_step,
+    run_step,
+)
 
 _FIRST_TOKEN = 300
 _LEARNING_RATE = 1e-4
+_MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,9 +178,7 @@ def _time_steps(
         start_seconds = time.perf_counter()
         current = prepared
         prepared = prepare_step(engine, schedule.batches(step + 1), step=step + 1, seed=seed)
-        loss, norm = run_step(engine, current)
-        optimizer.start_step(_LEARNING_RATE, min(1.0, 1.0 / (norm + 1e-6)))
-        engine.model.ring.invalidate_changing()
+        loss = take_step(engine, optimizer, current)
         seconds.append(time.perf_counter() - start_seconds)
         losses.append(loss)
         if step == 1:
@@ -185,6 +191,14 @@ def _time_steps(
         reserved_peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else _most_resident_bytes(),
         allocated_peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
     )
+
+
+def take_step(engine: Engine, optimizer: Optimizer, prepared: PreparedStep) -> float:
+    """The loss of a step, after which the adapter has begun to move."""
+    loss, norm = run_step(engine, prepared)
+    optimizer.start_step(_LEARNING_RATE, clip_scale(norm, _MAX_GRAD_NORM))
+    engine.model.ring.invalidate_changing()
+    return loss
 
 
 def _most_resident_bytes() -> int | None:

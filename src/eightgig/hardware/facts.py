@@ -6,7 +6,6 @@ becomes an error text.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ from eightgig.hardware.probe import (
     is_wsl,
     pin_limit_bytes,
 )
-from eightgig.run import from_json
+from eightgig.run import from_json, installed_versions
 from eightgig.units import GIB
 
 _PACKAGES = (
@@ -202,7 +201,7 @@ def gather_facts(cache_dir: Path | None = None, *, measures_rates: bool = True) 
     uses_gpu = gpu is not None and torch.is_cuda_available
     device = "cuda" if uses_gpu else "cpu"
     total, free = host_memory()
-    versions, hub = _installed_versions(), _hub_folder()
+    versions, hub = installed_versions(_PACKAGES), _hub_folder()
     measured = ask_child("rates", "cuda") if uses_gpu and measures_rates else Answer(None, "")
     return Facts(
         system=platform.system(),
@@ -302,16 +301,6 @@ def has_triton(versions: Mapping[str, str]) -> bool:
 
 def _run_triton(versions: Mapping[str, str]) -> TritonFacts | None:
     return read_triton(ask_child("triton", "cuda")) if has_triton(versions) else None
-
-
-def _installed_versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _c_compiler() -> str | None:

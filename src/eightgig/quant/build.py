@@ -107,15 +107,16 @@ def prepare_store(
         ConfigError: `cache_dir` cannot be written.
         ModelError: The checkpoint lacks a tensor or is damaged.
     """
-    preparation = _plan_preparation(spec, checkpoint, cache_dir, quantization)
+    preparation = _Preparation.of(
+        spec, checkpoint, cache_dir, quantization, device=device, progress=progress
+    )
     folder = preparation.folder
-    if (folder / MANIFEST_FILE).exists():
+    if preparation.is_complete:
         return folder
     with _named_failures(spec, cache_dir):
         folder.mkdir(parents=True, exist_ok=True)
         with _only_process(folder):
-            if not (folder / MANIFEST_FILE).exists():
-                preparation.device, preparation.progress = device, progress
+            if not preparation.is_complete:
                 preparation.run()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # slices of other sizes than training will need
@@ -131,26 +132,12 @@ def check_room(
         DoesNotFitError: The disk has not enough room.
         ConfigError: `cache_dir` cannot be written.
     """
-    preparation = _plan_preparation(spec, checkpoint, cache_dir, quantization)
-    if not (preparation.folder / MANIFEST_FILE).exists():
+    preparation = _Preparation.of(spec, checkpoint, cache_dir, quantization)
+    if not preparation.is_complete:
         with _named_failures(spec, cache_dir):
             cache_dir.mkdir(parents=True, exist_ok=True)
-            preparation.require_disk_space()
-
-
-def _plan_preparation(
-    spec: ModelSpec, checkpoint: Path | Download, cache_dir: Path, quantization: Quantization
-) -> _Preparation:
-    copies_tables = isinstance(checkpoint, Download)
-    source_folder = checkpoint.folder if isinstance(checkpoint, Download) else checkpoint
-    key = store_key(spec, source_folder, quantization, copies_tables=copies_tables)
-    return _Preparation(
-        spec=spec,
-        checkpoint=checkpoint,
-        source_folder=source_folder,
-        folder=cache_dir / key,
-        quantization=quantization,
-    )
+            _, missing = preparation.parts()
+            preparation.require_disk_space(missing)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -166,16 +153,46 @@ class _Preparation:
     source_folder: Path
     folder: Path
     quantization: Quantization
-    device: torch.device = _CPU
-    progress: Progress | None = None
+    device: torch.device
+    progress: Progress | None
     done_bytes: int = 0
     total_bytes: int = 0
     source: CheckpointSource | None = None
 
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        checkpoint: Path | Download,
+        cache_dir: Path,
+        quantization: Quantization,
+        *,
+        device: torch.device = _CPU,
+        progress: Progress | None = None,
+    ) -> _Preparation:
+        """The preparation of a checkpoint into the folder of its key."""
+        copies_tables = isinstance(checkpoint, Download)
+        source_folder = checkpoint.folder if isinstance(checkpoint, Download) else checkpoint
+        key = store_key(spec, source_folder, quantization, copies_tables=copies_tables)
+        return cls(
+            spec=spec,
+            checkpoint=checkpoint,
+            source_folder=source_folder,
+            folder=cache_dir / key,
+            quantization=quantization,
+            device=device,
+            progress=progress,
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to do."""
+        return (self.folder / MANIFEST_FILE).exists()
+
     def run(self) -> None:
         """Build what is missing, then write the manifest."""
-        parts, missing = self._parts()
-        self.require_disk_space()
+        parts, missing = self.parts()
+        self.require_disk_space(missing)
         self.total_bytes = sum(part.source_bytes for part in parts)
         self._advance(self.total_bytes - sum(part.source_bytes for part in missing))
         self._drop_files(missing)
@@ -184,7 +201,7 @@ class _Preparation:
             self._drop_files(missing[number + 1 :])
         self._write_manifest(parts)
 
-    def _parts(self) -> tuple[Sequence[Part], Sequence[Part]]:
+    def parts(self) -> tuple[Sequence[Part], Sequence[Part]]:
         """All parts, and those that are missing in the order they are made."""
         copies_tables = isinstance(self.checkpoint, Download)
         parts = store_parts(self.spec, self.quantization, copies_tables=copies_tables)
@@ -200,9 +217,8 @@ class _Preparation:
             return finished is not None and path.stat().st_size == finished.blob.size_bytes
         return part.kind == "other" or path.stat().st_size == part.stored_bytes
 
-    def require_disk_space(self) -> None:
+    def require_disk_space(self, missing: Sequence[Part]) -> None:
         """Compare what the missing parts take with what is free."""
-        _, missing = self._parts()
         store_folder = _existing(self.folder)
         needed = {store_folder: sum(part.stored_bytes for part in missing)}
         if isinstance(self.checkpoint, Download):

@@ -255,7 +255,12 @@ def checkpoint_device_bytes(work: Workload, layout: Layout) -> int:
     """All of them with the outputs that are kept, or buffers for a few that leave or come back."""
     if layout.checkpoints == "device":
         return checkpoint_bytes(work, layout) + offload_bytes(work, layout)
-    return BUNDLE_BUFFERS * max(bundle_bytes(work, layer, layout) for layer in work.layers)
+    return BUNDLE_BUFFERS * largest_bundle_bytes(work, layout)
+
+
+def largest_bundle_bytes(work: Workload, layout: Layout) -> int:
+    """A buffer takes any layer's bundle."""
+    return max(bundle_bytes(work, layer, layout) for layer in work.layers)
 
 
 def bundle_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
@@ -464,8 +469,7 @@ def slack_bytes(work: Workload, layout: Layout, changing_bytes: int) -> int:
         return int(changing_bytes * FRAGMENTATION_RATIO) + PROCESS_BYTES[False]
     fragments = FRAGMENTATION_RATIO * changing_bytes
     if layout.checkpoints == "host":
-        bundle = checkpoint_device_bytes(work, layout) / BUNDLE_BUFFERS
-        fragments += BUFFER_FRAGMENTATION_RATIO * bundle
+        fragments += BUFFER_FRAGMENTATION_RATIO * largest_bundle_bytes(work, layout)
     if layout.micro_batches_per_visit > 1:
         stream = layout.visit_tokens * work.decoder.hidden_size * work.stream_bytes
         fragments += VISIT_FRAGMENTATION_RATIO * stream

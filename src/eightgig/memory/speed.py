@@ -141,7 +141,10 @@ def step_time(
         waiting_seconds=sum(max(0.0, copy - compute) for copy, compute in pairs),
         optimizer_seconds=optimizer,
         tokens=tokens,
-        is_launch_bound=work.has_device and computing[::2] != working,
+        is_launch_bound=work.has_device
+        and any(
+            launch > work_seconds for launch, work_seconds in zip(launching, working, strict=True)
+        ),
     )
 
 

@@ -15,7 +15,15 @@ import pytest
 
 from tests.faults.tally import Tally
 from tests.faults.test_damage import DAMAGES, FILES
-from tests.faults.trials import SAVE_STEPS, STEPS, Bench, finish, lost_steps
+from tests.faults.trials import (
+    SAVE_STEPS,
+    STEPS,
+    Bench,
+    Outcomes,
+    few_or_many,
+    finish,
+    lost_steps,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -24,13 +32,6 @@ POWER = "whole run, power cut at one of them, metrics included"
 ERRORS = "whole run, disk full or input/output error at one of them, or for a while"
 FULL = "whole run on a file system that is too small, enlarged afterwards"
 DAMAGED = "whole run, one file of its newest checkpoint damaged, resumed"
-
-
-def _few_or_many(few: int, many: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "trials",
-        [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.slow)],
-    )
 
 
 @pytest.fixture(scope="module")
@@ -46,30 +47,26 @@ def num_operations(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> in
     return len(operations)
 
 
-@_few_or_many(2, 20)
+@few_or_many(2, 20)
 def test_killed_at_any_operation(
     trials: int, bench: Bench, num_operations: int, tally: Tally
 ) -> None:
-    chooser, wrong = random.Random(trials), {}
+    chooser, outcomes = random.Random(trials), Outcomes(KILLED, tally)
     for at in chooser.sample(range(num_operations), trials):
         trial = bench.trial()
         code, text = trial.run(plant=["disk_kill", at])
         assert code == -signal.SIGKILL, (at, code, text)
         lost = lost_steps(trial)
         problems = finish(trial) + ([f"{lost} steps were lost"] if lost > SAVE_STEPS else [])
-        tally.add(KILLED, passed=not problems)
-        if problems:
-            wrong[at, trial.name] = problems
-        else:
-            trial.remove()
-    assert not wrong
+        outcomes.add(trial, problems, at)
+    assert not outcomes.wrong
 
 
-@_few_or_many(2, 20)
+@few_or_many(2, 20)
 def test_a_power_cut_costs_one_interval_at_most(
     trials: int, bench: Bench, num_operations: int, tally: Tally
 ) -> None:
-    chooser, wrong = random.Random(trials), {}
+    chooser, outcomes = random.Random(trials), Outcomes(POWER, tally)
     for at in chooser.sample(range(num_operations), trials):
         trial = bench.trial()
         code, text = trial.run(plant=["power_cut", at, at])
@@ -81,20 +78,16 @@ def test_a_power_cut_costs_one_interval_at_most(
         lost = done - max(begun, default=0)
         if lost > SAVE_STEPS:
             problems.append(f"{lost} steps were lost")
-        tally.add(POWER, passed=not problems)
         tally.note(POWER, "steps done again, at most", lost)
-        if problems:
-            wrong[at, trial.name] = problems
-        else:
-            trial.remove()
-    assert not wrong
+        outcomes.add(trial, problems, at)
+    assert not outcomes.wrong
 
 
-@_few_or_many(2, 20)
+@few_or_many(2, 20)
 def test_disk_errors_do_not_end_a_training(
     trials: int, bench: Bench, num_operations: int, tally: Tally
 ) -> None:
-    chooser, wrong, num_noticed = random.Random(trials), {}, 0
+    chooser, num_noticed, outcomes = random.Random(trials), 0, Outcomes(ERRORS, tally)
     for number_of_trial in range(trials):
         number = (errno.ENOSPC, errno.EIO)[number_of_trial % 2]
         at, count = chooser.randrange(num_operations), chooser.choice([1, 1, 5, 80])
@@ -115,12 +108,8 @@ def test_disk_errors_do_not_end_a_training(
         if code != 0 and not (code == 2 and "--resume" in text):
             problems.append(f"exit code {code}: {text[-2000:]}")
         problems += finish(trial)
-        tally.add(ERRORS, passed=not problems)
-        if problems:
-            wrong[number, at, count, trial.name] = problems
-        else:
-            trial.remove()
-    assert not wrong
+        outcomes.add(trial, problems, number, at, count)
+    assert not outcomes.wrong
     assert num_noticed >= trials // 4
 
 

@@ -17,7 +17,9 @@ from tests.faults.trials import (
     SAVE_STEPS,
     STEPS,
     Bench,
+    Outcomes,
     Trial,
+    few_or_many,
     finish,
     kill_anywhere,
     kill_around_a_save,
@@ -33,20 +35,12 @@ FINISHED = "finished run resumed"
 WRITERS = "two processes on one run folder"
 
 
-def _few_or_many(few: int, many: int) -> pytest.MarkDecorator:
-    """A small number of trials in every test run, the published number with the marker slow."""
-    return pytest.mark.parametrize(
-        "trials",
-        [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.slow)],
-    )
-
-
-@_few_or_many(4, 100)
+@few_or_many(4, 100)
 @pytest.mark.parametrize("kill", [kill_anywhere, kill_around_a_save])
 def test_a_killed_run_ends_as_if_it_had_not_been(
     kill: Callable[[Trial, random.Random], Process], trials: int, bench: Bench, tally: Tally
 ) -> None:
-    chooser, wrong, num_killed = random.Random(trials), {}, 0
+    chooser, num_killed, outcomes = random.Random(trials), 0, Outcomes(KILLED, tally)
     for _ in range(trials):
         trial = bench.trial()
         process = kill(trial, chooser)
@@ -59,19 +53,15 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
         problems += finish(trial)
         if lost > SAVE_STEPS:
             problems.append(f"{lost} steps were lost")
-        if problems:
-            wrong[trial.name] = problems
-        else:
-            trial.remove()
-        tally.add(KILLED, passed=not problems)
+        outcomes.add(trial, problems)
         tally.note(KILLED, "steps done again, at most", lost)
-    assert not wrong
+    assert not outcomes.wrong
     assert num_killed >= trials // 2
 
 
-@_few_or_many(1, 50)
+@few_or_many(1, 50)
 def test_a_kill_storm_ends_some_day(trials: int, bench: Bench, tally: Tally) -> None:
-    chooser, wrong = random.Random(trials), {}
+    chooser, outcomes = random.Random(trials), Outcomes(STORM, tally)
     for _ in range(trials):
         trial, kills, problems = bench.trial(), 0, ["it did not end"]
         for _ in range(200):
@@ -88,21 +78,17 @@ def test_a_kill_storm_ends_some_day(trials: int, bench: Bench, tally: Tally) -> 
                 problems = [f"exit code {code}: {process.text()[-2000:]}"]
                 break
             kills += 1
-        if problems:
-            wrong[trial.name] = problems
-        else:
-            trial.remove()
-        tally.add(STORM, passed=not problems)
+        outcomes.add(trial, problems)
         tally.note(STORM, "kills", kills, is_sum=True)
-    assert not wrong
+    assert not outcomes.wrong
 
 
-@_few_or_many(2, 25)
+@few_or_many(2, 25)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_loses_one_step_at_most(
     number: signal.Signals, trials: int, bench: Bench, tally: Tally
 ) -> None:
-    chooser, wrong, num_saved = random.Random(trials), {}, 0
+    chooser, num_saved, outcomes = random.Random(trials), 0, Outcomes(STOPPED, tally)
     for _ in range(trials):
         trial = bench.trial()
         process = trial.start()
@@ -126,13 +112,9 @@ def test_a_stopped_run_loses_one_step_at_most(
             problems.append(f"{lost} steps were lost")
         num_saved += code == 130 and bool(trial.saved_steps())
         problems += finish(trial)
-        if problems:
-            wrong[trial.name] = problems
-        else:
-            trial.remove()
-        tally.add(STOPPED, passed=not problems)
+        outcomes.add(trial, problems)
         tally.note(STOPPED, "steps done again, at most", lost)
-    assert not wrong
+    assert not outcomes.wrong
     assert num_saved >= trials // 2
 
 
@@ -150,7 +132,7 @@ def test_a_second_signal_leaves_at_once(bench: Bench) -> None:
     assert finish(trial) == []
 
 
-@_few_or_many(1, 20)
+@few_or_many(1, 20)
 def test_a_finished_run_that_is_resumed_makes_no_step(
     trials: int, bench: Bench, tally: Tally
 ) -> None:
@@ -170,7 +152,7 @@ def _contents(trial: Trial) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in paths}
 
 
-@_few_or_many(2, 20)
+@few_or_many(2, 20)
 def test_the_second_of_two_writers_is_refused(trials: int, bench: Bench, tally: Tally) -> None:
     number = 0
     for _ in range(2 * trials):

@@ -9,11 +9,14 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
+
 from tests.faults.server import Process, Server
+from tests.faults.tally import Tally
 
 STEPS = 12
 SAVE_STEPS = 3
@@ -206,6 +209,37 @@ def kill_around_a_save(trial: Trial, chooser: random.Random) -> Process:
     time.sleep(chooser.uniform(0, 0.03))
     process.signal(9)
     return process
+
+
+def few_or_many(few: int, many: int) -> pytest.MarkDecorator:
+    """A small number of trials in every test run, the published number with the marker slow."""
+    return pytest.mark.parametrize(
+        "trials",
+        [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.slow)],
+    )
+
+
+@dataclass
+class Outcomes:
+    """What became of the trials of one fault.
+
+    Attributes:
+        what: The fault, by the words of the tables.
+        tally: Counts them.
+        wrong: Problems of those that failed, by place and name; their folders are kept.
+    """
+
+    what: str
+    tally: Tally
+    wrong: dict[tuple[object, ...], list[str]] = field(default_factory=dict)
+
+    def add(self, trial: Trial, problems: list[str], *place: object) -> None:
+        """A trial is over; `place` says where the fault met it."""
+        self.tally.add(self.what, passed=not problems)
+        if problems:
+            self.wrong[*place, trial.name] = problems
+        else:
+            trial.remove()
 
 
 def finish(trial: Trial, *, attempts: int = 1) -> list[str]:

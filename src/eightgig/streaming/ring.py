@@ -19,6 +19,7 @@ from eightgig.streaming.meter import WaitMeter
 
 _ALIGNMENT_BYTES = 256
 _BOUNCE_BYTES = 64 << 20
+_POISON = 0xFF  # NaN in every float format
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +152,10 @@ class Ring:
             item.check()
             self._checked.add(load.item)
         slot = self._slots[load.slot]
-        if self._poison:
-            slot.fill_(0xFF)
         changing = item.changing() if item.changing is not None else None
-        self._ready[load.slot] = self._lane.copy(
-            load.slot, _parts(item, slot, item.frozen, changing)
-        )
+        parts = _parts(item, slot, item.frozen, changing)
+        poisoned = slot if self._poison else None
+        self._ready[load.slot] = self._lane.copy(load.slot, parts, poisoned)
         self._contents[load.slot] = load.item
         self._versions[load.slot] = self._version
         self.copied_bytes += item.frozen.numel() + item.changing_bytes
@@ -208,8 +207,12 @@ class Completion:
 class _HostLane:
     """Copies on a CPU happen at once."""
 
-    def copy(self, slot: int, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def copy(
+        self, slot: int, parts: Sequence[tuple[Tensor, Tensor]], poisoned: Tensor | None = None
+    ) -> None:
         del slot
+        if poisoned is not None:
+            poisoned.fill_(_POISON)
         for target, source in parts:
             target.copy_(source)
 
@@ -240,18 +243,28 @@ class _CudaLane:
         self._bounce: list[Tensor] = []
         self._bounced: list[torch.cuda.Event] = []
 
-    def copy(self, slot: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Completion:
+    def copy(
+        self, slot: int, parts: Sequence[tuple[Tensor, Tensor]], poisoned: Tensor | None = None
+    ) -> Completion:
+        """Start a copy once `slot` is free.
+
+        Args:
+            slot: Its number.
+            parts: (target, source) pairs.
+            poisoned: Filled with NaN bytes before, on the copies' own stream: nothing else orders
+                such a fill between the last use of the slot and the copy.
+        """
         free = self._free.get(slot)
         event = torch.cuda.Event()
         if self._thread is None and all(source.is_pinned() for _, source in parts):
-            self._queue(free, parts, event)
+            self._queue(free, parts, event, poisoned)
             return Completion(event, None)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="eightgig-copy")
             size = _BOUNCE_BYTES
             self._bounce = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in "ab"]
             self._bounced = [torch.cuda.Event() for _ in "ab"]
-        return Completion(event, self._thread.submit(self._queue, free, parts, event))
+        return Completion(event, self._thread.submit(self._queue, free, parts, event, poisoned))
 
     def mark_free(self, slot: int) -> None:
         event = torch.cuda.Event()
@@ -273,10 +286,13 @@ class _CudaLane:
         free: torch.cuda.Event | None,
         parts: Sequence[tuple[Tensor, Tensor]],
         event: torch.cuda.Event,
+        poisoned: Tensor | None,
     ) -> None:
         with torch.cuda.stream(self._stream):
             if free is not None:
                 self._stream.wait_event(free)
+            if poisoned is not None:
+                poisoned.fill_(_POISON)
             for target, source in parts:
                 if source.is_pinned():
                     target.copy_(source, non_blocking=True)

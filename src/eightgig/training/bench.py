@@ -151,8 +151,6 @@ def time_plan(
     config, rows = run
     engine = assemble(spec, store, plan, config.lora, seed=config.train.seed)
     assert engine.adapter is not None and engine.gradients is not None
-    if plan.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     optimizer = make_optimizer(engine.adapter, engine.gradients, config.train)
     schedule = make_schedule(config, rows, plan.micro_batch_tokens)
     try:

@@ -13,7 +13,13 @@ import torch
 from eightgig.adapters.lora import split_masters
 from eightgig.engine.gradients import Gradients
 from eightgig.models.checkpoint import read_model_spec
-from eightgig.training.selftest import TOLERANCES, GradientCheck, check_gradients, layer_kinds
+from eightgig.training.selftest import (
+    TOLERANCES,
+    GradientCheck,
+    _Probe,
+    check_gradients,
+    layer_kinds,
+)
 from eightgig.training.worker import Worker
 from tests import engines, jobs, tiny
 
@@ -122,6 +128,42 @@ def test_a_wrong_gradient_of_one_tensor_is_found(
     checks = _check(bases("llama"), tmp_path)
     wrong = [check.name for check in checks if check.is_wrong]
     assert wrong == [f"layers.{layer}.{name}"]
+
+
+class _Bowl:
+    """A model of one tensor, whose loss is `loss` of how far it was moved along `along`."""
+
+    def __init__(self, master: torch.Tensor, along: torch.Tensor, loss: Any) -> None:
+        self.plan = engines.make_plan(compute_dtype="bfloat16")
+        self._master, self._along, self._loss = master, along, loss
+
+    def adapter_has_changed(self) -> None:
+        """Nothing is copied."""
+
+    def batch_loss(self, step: int, batches: Any) -> float:
+        return float(self._loss(float((self._master * self._along).sum())))
+
+
+def _check_bowl(loss: Any, *, norm: float) -> GradientCheck:
+    master, grad = torch.zeros(64), torch.zeros(64)
+    grad[3] = norm
+    worker: Any = _Bowl(master, grad / norm, loss)
+    probe = _Probe(worker, None, (), 1)  # type: ignore[arg-type]
+    return probe.check("layers.0.mlp.up_proj.lora_B", master, grad)
+
+
+def test_a_loss_that_bends_is_no_wrong_gradient() -> None:
+    norm = 0.14
+    # Slopes of 0.66, 0.50 and 0.39 of |g| over the first three moves, as seen on a tiny model.
+    check = _check_bowl(lambda moved: 5 + 0.05 * math.asinh(norm / 0.05 * moved), norm=norm)
+    assert not check.is_wrong
+    assert check.ratio is not None
+
+
+def test_a_straight_loss_that_rises_otherwise_is_one() -> None:
+    check = _check_bowl(lambda moved: 5 + 0.6 * 0.14 * moved, norm=0.14)
+    assert check.is_wrong
+    assert check.ratio == pytest.approx(0.6)
 
 
 def test_there_is_one_layer_of_each_kind(bases: Any) -> None:

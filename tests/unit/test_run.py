@@ -15,6 +15,7 @@ from eightgig.run import (
     check_run,
     create_run,
     describe_environment,
+    folder,
     from_json,
     log_to,
     mask_secrets,
@@ -74,6 +75,19 @@ def test_resuming_before_anything_was_written_begins_anew(tmp_path: Path) -> Non
 def test_resuming_completes_a_folder_without_settings(tmp_path: Path) -> None:
     (tmp_path / "runs" / "first").mkdir(parents=True)
     assert create_run(_config(tmp_path), resume=True).config_path.is_file()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), FileExistsError()])
+def test_two_that_resume_a_new_run_at_once_do_not_trip_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def meets_a_rival(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(folder, "write_atomically", meets_a_rival)
+    assert create_run(_config(tmp_path), resume=True).folder.is_dir()
+    with pytest.raises(RunError):
+        create_run(_config(tmp_path, "second"), resume=False)
 
 
 @pytest.mark.parametrize("name", ["", "..", "../../etc", "a/b", "a\\b", "C:"])

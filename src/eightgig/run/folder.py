@@ -126,7 +126,7 @@ def create_run(config: Config, *, resume: bool) -> Run:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         run.folder.mkdir(exist_ok=resume)
         if not run.config_path.exists():
-            write_atomically(run.config_path, write_config(config))
+            _write_settings(run, config, may_have_rival=resume)
     except FileExistsError:  # another process was faster
         raise _taken(run, config.run.name) from None
     except OSError as error:
@@ -136,6 +136,16 @@ def create_run(config: Config, *, resume: bool) -> Run:
             fix="Set run.output_dir to a folder that you may write, on a disk with space.",
         ) from None
     return run
+
+
+def _write_settings(run: Run, config: Config, *, may_have_rival: bool) -> None:
+    try:
+        write_atomically(run.config_path, write_config(config))
+    except (FileExistsError, FileNotFoundError):
+        # Another process that resumes the same run writes it at this moment, and took or renamed
+        # the file beside it. Which of the two goes on is decided by the lock.
+        if not may_have_rival:
+            raise
 
 
 def _taken(run: Run, name: str) -> RunError:

@@ -43,9 +43,10 @@ def _swap(path: Path) -> None:
 
 
 def _link(path: Path) -> None:
-    shutil.copyfile(path, path.parent.parent / "outside")
+    outside = path.parents[3] / "outside"  # beside the run folder
+    shutil.copyfile(path, outside)
     path.unlink()
-    path.symlink_to(path.parent.parent / "outside")
+    path.symlink_to(outside)
 
 
 def _pipe(path: Path) -> None:

@@ -11,8 +11,10 @@ import torch
 
 from eightgig.config import Config, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from eightgig.data.batches import IGNORE_INDEX, Dataset
+from eightgig.memory.plan import Plan
 from eightgig.models.checkpoint import read_model_spec
-from eightgig.quant.store import open_store
+from eightgig.models.spec import ModelSpec
+from eightgig.quant.store import Store, open_store
 from eightgig.run import create_run
 from eightgig.training.load import load_engine
 from eightgig.training.loop import Job, train
@@ -94,11 +96,33 @@ def make_job(
     layout = {"micro_batch_tokens": 40, "layer_slots": 4, **(plan or {})}
     planned = engines.make_plan(**layout)
     store = open_store(spec, base, config.model, device=planned.device)
+    return assemble_job(
+        config,
+        (spec, store),
+        planned,
+        (rows, held_out),
+        resume=resume,
+        observe=observe,
+        allow_changed_versions=allow_changed_versions,
+    )
+
+
+def assemble_job(
+    config: Config,
+    source: tuple[ModelSpec, Store],
+    plan: Plan,
+    data: tuple[Dataset, Dataset | None],
+    *,
+    resume: bool = False,
+    observe: Callable[[object], None] = lambda _: None,
+    allow_changed_versions: bool = False,
+) -> Job:
+    """The job of a model and its prepared weights, whatever they are."""
     run = create_run(config, resume=resume)
-    source = (spec, store)
-    loaded = load_engine(run, config, source, planned, observe)
-    allow, data = allow_changed_versions, (rows, held_out)
+    loaded = load_engine(run, config, source, plan, observe)
+    allow = allow_changed_versions
     start = begin(run, config, loaded, source, data, observe, allow_changed_versions=allow)
+    (spec, store), (rows, held_out) = source, data
     return Job(run, config, spec, loaded.plan, rows, held_out, store, loaded.engine, start)
 
 

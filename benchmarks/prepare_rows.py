@@ -3,8 +3,9 @@
 `python benchmarks/prepare_rows.py --rows 1000000` writes so many conversations of 100 to 2,000
 tokens (evenly on a logarithmic scale), loads them twice, and prints one JSON line for
 benchmarks/data_results.jsonl: seconds, processor seconds and tokens of the first time, seconds of
-the second (from the cache), and the most anonymous memory that this process took beyond what it
-started with, and that a worker had. Mapped token files are not counted: they are the page cache's.
+the second (from the cache), and the most anonymous memory that this process and its workers held
+together beyond what this process started with. Mapped token files are not counted: they are the
+page cache's. Linux alone says so much.
 
 Without `--model` a tokenizer as large as Gemma's is made first (`benchmarks/wide_tokenizer.py`).
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import threading
@@ -28,8 +30,6 @@ from wide_tokenizer import make_wide_tokenizer
 from eightgig.config import DataConfig
 from eightgig.data.load import load_dataset
 from eightgig.data.tokenizer import load_tokenizer
-
-_MIB = 1 << 20
 
 
 def read_words() -> list[str]:
@@ -54,10 +54,10 @@ def write_rows(path: Path, count: int, tokens_per_word: float) -> None:
 
 
 class MemoryWatch:
-    """The most anonymous memory of this process and of its largest child, in bytes."""
+    """The most anonymous memory that this process and those it started held at a time, in bytes."""
 
     def __init__(self) -> None:
-        self.peaks = {"parent": 0, "worker": 0}
+        self.peak_bytes = self.num_processes = 0
         self._is_done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -72,20 +72,19 @@ class MemoryWatch:
     def _watch(self) -> None:
         own = psutil.Process()
         while not self._is_done.wait(0.1):
-            self._note("parent", own)
-            for child in own.children():
-                self._note("worker", child)
-
-    def _note(self, name: str, process: psutil.Process) -> None:
-        try:
-            self.peaks[name] = max(self.peaks[name], anonymous_bytes(process))
-        except psutil.NoSuchProcess:
-            return
+            processes = [own, *own.children(recursive=True)]
+            held_bytes = sum(anonymous_bytes(process.pid) for process in processes)
+            self.peak_bytes = max(self.peak_bytes, held_bytes)
+            self.num_processes = max(self.num_processes, len(processes))
 
 
-def anonymous_bytes(process: psutil.Process) -> int:
-    memory = process.memory_info()
-    return memory.rss - getattr(memory, "shared", 0)
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that no file backs; what it shares with its forks counts in parts."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text("ascii").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:"))
 
 
 def main() -> None:
@@ -100,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         write_rows(path, options.rows, per_word)
-        before = anonymous_bytes(psutil.Process())
+        before = anonymous_bytes(os.getpid())
         began, seconds, work = processor_seconds(), [], []
         with MemoryWatch() as watch:
             for _ in range(2):
@@ -121,8 +120,8 @@ def main() -> None:
             "seconds": round(seconds[0], 1),
             "processor_seconds": round(work[0], 1),
             "cached_seconds": round(seconds[1], 1),
-            "parent_peak_bytes": watch.peaks["parent"] - before,
-            "worker_peak_bytes": watch.peaks["worker"],
+            "processes": watch.num_processes,
+            "anonymous_peak_bytes": watch.peak_bytes - before,
             **describe_machine(options.machine),
         }
         print(json.dumps(measured))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +33,8 @@ from eightgig.errors import DataError
 from eightgig.run.records import to_json
 
 CHUNK_SECONDS = 300.0
+# Forks of a process share its memory. macOS' own libraries do not survive one; Windows has none.
+_CAN_FORK = sys.platform == "linux"
 
 
 class WorkerFailed(Exception):
@@ -36,22 +42,12 @@ class WorkerFailed(Exception):
 
 
 class _Worker:
-    """One process."""
+    """What renders in one process."""
 
-    def __init__(self, job: Job) -> None:
-        # A file and not a pipe, which would have to be emptied.
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        root = str(Path(eightgig.__file__).parents[1])
-        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "eightgig.data.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1",
-                 "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        self._job: Job | None = job
+    def __init__(self, group: _Group, into: IO[bytes], back: IO[bytes]) -> None:
+        self._group = group
+        self._into = into
+        self._back = back
 
     def tokenise(self, chunk: Chunk) -> ChunkTokens:
         """What the process makes of `chunk`.
@@ -60,50 +56,96 @@ class _Worker:
             WorkerFailed: The process ended.
         """
         try:
-            if self._job is not None:
-                write_message(self._input, to_json(self._job), ())
-                self._job = None
-            write_chunk(self._input, chunk)
-            tokens = read_tokens(cast("IO[bytes]", self._process.stdout))
+            self._group.send_job()
+            write_chunk(self._into, chunk)
+            tokens = read_tokens(self._back)
         except BrokenPipeError:
             tokens = None
         if tokens is None:
-            raise WorkerFailed(self._last_words())
+            raise WorkerFailed(self._group.last_words())
         return tokens
 
-    @property
-    def _input(self) -> IO[bytes]:
-        return cast("IO[bytes]", self._process.stdin)
+    def close(self) -> None:
+        """Close both ends; the process has been stopped."""
+        for stream in (self._into, self._back):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
 
-    def _last_words(self) -> str:
-        self._process.wait()
+
+class _Group:
+    """A process and forks of it: a tokenizer is parsed once, and its memory shared.
+
+    Attributes:
+        process: The first; it forks the others once it has the job.
+        workers: All of them.
+    """
+
+    def __init__(self, job: Job, count: int) -> None:
+        self._job: Job | None = job
+        self._sending = threading.Lock()
+        # A file and not a pipe, which would have to be emptied.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        root = str(Path(eightgig.__file__).parents[1])
+        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        pipes = [(os.pipe(), os.pipe()) for _ in range(count - 1)]
+        theirs = [(into[0], back[1]) for into, back in pipes]
+        self.process = subprocess.Popen(  # noqa: S603 - ourselves
+            [sys.executable, "-P", "-m", "eightgig.data.worker",
+             *(f"{into}:{back}" for into, back in theirs)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            pass_fds=tuple(itertools.chain(*theirs)),
+            process_group=0 if _CAN_FORK else None,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1",
+                 "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        for end in itertools.chain(*theirs):
+            os.close(end)
+        first = (cast("IO[bytes]", self.process.stdin), cast("IO[bytes]", self.process.stdout))
+        others = [(os.fdopen(into[1], "wb"), os.fdopen(back[0], "rb")) for into, back in pipes]
+        self.workers = tuple(_Worker(self, *ends) for ends in (first, *others))
+
+    def send_job(self) -> None:
+        """Tell the process what to do, before anything else reaches it."""
+        with self._sending:
+            job, self._job = self._job, None
+            if job is not None:
+                write_message(cast("IO[bytes]", self.process.stdin), to_json(job), ())
+
+    def last_words(self) -> str:
+        """The end of what the processes said of what went wrong."""
         self._errors.seek(0)
         return self._errors.read().decode("utf-8", "replace")[-4_000:]
 
     def stop(self) -> None:
-        """End the process now."""
-        self._process.kill()
+        """End the processes now."""
+        if not _CAN_FORK:
+            self.process.kill()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Wait for the end of a stopped process."""
-        self._process.kill()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    continue
-        self._process.wait()
+        """Wait for the end of stopped processes."""
+        self.stop()
+        for worker in self.workers:
+            worker.close()
+        self._errors.close()
+        self.process.wait()
 
 
 class WorkerPool:
     """`count` processes for one job; use it in a `with` statement."""
 
     def __init__(self, job: Job, count: int) -> None:
-        self._workers = [_Worker(job) for _ in range(count)]
+        sizes = [count] if _CAN_FORK else [1] * count
+        self._groups = [_Group(job, size) for size in sizes]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
+        for group in self._groups:
+            for worker in group.workers:
+                self._idle.put(worker)
+        self._count = count
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="eightgig-data")
 
     def __enter__(self) -> Self:
@@ -115,11 +157,11 @@ class WorkerPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for worker in self._workers:
-            worker.stop()
+        for group in self._groups:
+            group.stop()
         self._threads.shutdown(cancel_futures=True)
-        for worker in self._workers:
-            worker.close()
+        for group in self._groups:
+            group.close()
 
     def map(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, ChunkTokens]]:
         """Each of `chunks` with its tokens, in order; only some are read ahead.
@@ -130,7 +172,7 @@ class WorkerPool:
         waiting: deque[tuple[Chunk, Future[ChunkTokens]]] = deque()
         for chunk in chunks:
             waiting.append((chunk, self._threads.submit(self._tokenise, chunk)))
-            if len(waiting) > 2 * len(self._workers):
+            if len(waiting) > 2 * self._count:
                 yield self._next(waiting)
         while waiting:
             yield self._next(waiting)

@@ -1,9 +1,17 @@
 """Rows rendered in other processes are the same rows; processes that fail are noticed."""
 
 import io
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from eightgig.config import DataConfig
 from eightgig.data import pool as pools
@@ -27,6 +35,7 @@ from eightgig.data.raw import RawRow
 from eightgig.data.sources import Source
 from eightgig.data.tokenizer import render_settings
 from eightgig.errors import DataError
+from eightgig.run import write_json
 from tests.chats import make_chat_tokenizer
 from tests.unit.data.rows import chat_row, write_lines
 
@@ -100,7 +109,7 @@ def test_processes_give_the_same_tokens_in_the_same_order(tmp_path, settings):
 def test_a_process_that_was_ended_is_an_error(settings, monkeypatch):
     job = Job(settings=settings, train_on="assistant")
     with WorkerPool(job, 1) as pool:
-        pool._workers[0].stop()
+        pool._groups[0].stop()
         with pytest.raises(DataError) as caught:
             list(pool.map([make_chunk(b"{}", b"{}")]))
     assert caught.value.findings[0].code == "data.rendering_limit"
@@ -123,9 +132,76 @@ def test_a_bug_in_a_process_is_shown_as_one(settings):
 def test_leaving_early_ends_the_processes(settings):
     job = Job(settings=settings, train_on="assistant")
     with WorkerPool(job, 2) as pool:
-        processes = [worker._process for worker in pool._workers]
         next(pool.map(make_chunk(b"{}") for _ in range(50)))
-    assert all(process.returncode is not None for process in processes)
+        processes = _processes(pool)
+        assert len(processes) == 2
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+
+
+def _processes(pool):
+    first = [psutil.Process(group.process.pid) for group in pool._groups]
+    return [*first, *(fork for process in first for fork in process.children())]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_one_of_several_processes_that_is_killed_is_noticed(settings, victim):
+    job = Job(settings=settings, train_on="assistant")
+    with WorkerPool(job, 3) as pool:
+        chunks = pool.map(make_chunk(b"{}") for _ in range(500))
+        next(chunks)
+        processes = _processes(pool)
+        assert len(processes) == 3
+        processes[victim].kill()
+        with pytest.raises(DataError, match="did not end"):
+            list(chunks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+def test_processes_end_with_the_one_that_started_them(tmp_path, settings):
+    job = tmp_path / "job.json"
+    write_json(job, Job(settings=settings, train_on="assistant"))
+    code = f"""
+import json, os, signal
+from pathlib import Path
+from eightgig.data.chunks import Job
+from eightgig.data.pool import WorkerPool
+from eightgig.run import from_json
+from tests.unit.data.test_pool import _processes, make_chunk
+pool = WorkerPool(from_json(Job, json.loads(Path({str(job)!r}).read_text())), 2)
+next(pool.map(make_chunk(b"{{}}") for _ in range(5)))
+print(*(process.pid for process in _processes(pool)), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2, done.stderr
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells of shared memory")
+def test_the_memory_of_a_tokenizer_is_shared(settings):
+    # A large tokenizer, so that what a process of its own would take shows.
+    entries = {f"word{number:06d}": number for number in range(200_000)}
+    tokenizer = Tokenizer(WordLevel(entries, unk_token="word000000"))
+    tokenizer.pre_tokenizer = Whitespace()
+    settings = replace(settings, tokenizer_json=tokenizer.to_str())
+    job = Job(settings=settings, train_on="assistant")
+    taken = []
+    for count in (1, 4):
+        with WorkerPool(job, count) as pool:
+            list(pool.map(make_chunk(b"{}") for _ in range(4 * count)))
+            taken.append(sum(_private_bytes(process.pid) for process in _processes(pool)))
+    assert taken[1] < 2 * taken[0]
+
+
+def _private_bytes(pid):
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    sizes = {line.split(":")[0]: line.split()[1] for line in lines[1:]}
+    return int(sizes["Pss_Anon"]) * 1024
 
 
 def test_many_cores_do_not_mean_as_many_tokenizers(tmp_path, settings, monkeypatch):

@@ -8,9 +8,10 @@ quantisation `.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsand
 from __future__ import annotations
 
 import json
+import math
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -63,6 +64,45 @@ class FourBitTensor:
         tables = code_table_tensors(self.code_tables, blob.device)
         out = torch.empty(shape, dtype=dtype_of(self.dtype))
         return dequantize(blob, stored, tables, out=out)
+
+    def split(self, num_rows: int) -> Iterator[FourBitTensor]:
+        """The same tensor, some rows at a time.
+
+        Args:
+            num_rows: About so many; a part begins where blocks of maxima and a byte do.
+        """
+        quantized = self.quantized
+        all_rows, columns = quantized.shape
+        whole = math.lcm(2, quantized.block_size)
+        if quantized.nested_absmax is not None:
+            whole *= quantized.nested_block_size
+        unit = whole // math.gcd(whole, columns)
+        step = max(num_rows // unit, 1) * unit
+        for first_row in range(0, all_rows, step):
+            last_row = min(first_row + step, all_rows)
+            yield replace(self, quantized=self._rows(first_row, last_row))
+
+    def _rows(self, first_row: int, last_row: int) -> QuantizedTensor:
+        """Some rows, the first of which begins a block of maxima."""
+        quantized = self.quantized
+        columns = quantized.shape[1]
+        start, stop = first_row * columns, last_row * columns
+        blocks = _cut(start, stop, quantized.block_size)
+        nested = quantized.nested_absmax
+        if nested is not None:
+            nested = nested[_cut(blocks.start, blocks.stop, quantized.nested_block_size)]
+        return replace(
+            quantized,
+            codes=quantized.codes.view(-1)[_cut(start, stop, 2)],
+            absmax=quantized.absmax.view(-1)[blocks],
+            nested_absmax=nested,
+            shape=(last_row - first_row, columns),
+        )
+
+
+def _cut(start: int, stop: int, size: int) -> slice:
+    """The blocks of `size` that hold the values from `start`, where a block begins, to `stop`."""
+    return slice(start // size, -(-stop // size))
 
 
 def format_from_headers(

@@ -157,22 +157,29 @@ class PartWriter:
 
     def _write_table(self, part: Part) -> None:
         name, full_name = next(iter(part.names.items()))
-        stored, dtype = self.source.four_bit(full_name), dtype_of(self.spec.dtype)
-        numbers = None if stored is None else stored.dequantize()
+        dtype = dtype_of(self.spec.dtype)
         num_rows, num_columns = other_tensor_shapes(self.spec.decoder)[name]
         step = max(_TABLE_SLICE_BYTES // (num_columns * dtype.itemsize), 1)
 
         def pieces() -> Iterator[Tensor | bytes]:
             yield table_header(self.spec, name)
-            for first_row in range(0, num_rows, step):
-                last_row = min(first_row + step, num_rows)
-                rows = slice(first_row, last_row)
-                piece = self.source.read(full_name, rows) if numbers is None else numbers[rows]
+            row = 0
+            for piece in self._rows(full_name, num_rows, step):
                 yield piece.to(dtype)
-                start, stop = (part.source_bytes * row // num_rows for row in (first_row, last_row))
-                self.advance(stop - start)
+                start, row = row, row + len(piece)
+                done = [part.source_bytes * each // num_rows for each in (start, row)]
+                self.advance(done[1] - done[0])
 
         write_parts(self.folder / part.file, pieces())
+
+    def _rows(self, full_name: str, num_rows: int, step: int) -> Iterator[Tensor]:
+        """A table as numbers, about `step` rows at a time."""
+        stored = self.source.four_bit(full_name)
+        if stored is not None:
+            yield from (some.dequantize() for some in stored.split(step))
+            return
+        for first_row in range(0, num_rows, step):
+            yield self.source.read(full_name, slice(first_row, min(first_row + step, num_rows)))
 
 
 def _not_finite(name: str) -> ModelError:

@@ -14,7 +14,11 @@ from safetensors.torch import load_file, save_file
 from eightgig.errors import ModelError
 from eightgig.models.checkpoint import layer_tensor_names, other_tensor_names, read_model_spec
 from eightgig.models.spec import ModelSpec, linear_shapes
+from eightgig.quant import writer
 from eightgig.quant.build import MANIFEST_FILE, prepare_store
+from eightgig.quant.four_bit import FourBitTensor
+from eightgig.quant.layout import FourBitFormat
+from eightgig.quant.nf4 import DYNAMIC_TABLE, NF4_CODE, NF4_TABLE, dynamic_map, quantize_nf4
 from eightgig.quant.parts import prepared_bytes
 from eightgig.quant.store import Store
 from tests.tiny import is_conditional, make_model
@@ -99,6 +103,41 @@ def test_other_block_sizes_are_taken_over(block_size: int, nested: bool, tmp_pat
         path.stat().st_size for path in store.folder.iterdir() if path.name != MANIFEST_FILE
     )
     assert 0 <= prepared_bytes(spec, "nf4") - written <= 1024
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("columns", [96, 64, 50])
+@pytest.mark.parametrize("num_rows", [1, 700, 100_000])
+def test_rows_of_a_4_bit_tensor_are_those_of_the_whole(
+    nested: bool, columns: int, num_rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(20_001, columns, generator=generator, dtype=torch.bfloat16)
+    stored = FourBitTensor(
+        quantized=quantize_nf4(weight, block_size=64, nested=nested),
+        four_bit_format=FourBitFormat(block_size=64, nested_block_size=256 if nested else None),
+        dtype="bfloat16",
+        code_tables={NF4_TABLE: NF4_CODE, DYNAMIC_TABLE: dynamic_map()},
+    )
+    parts = [part.dequantize() for part in stored.split(num_rows)]
+    assert (len(parts) > 1) == (num_rows < 20_001)
+    assert torch.equal(torch.cat(parts), stored.dequantize())
+
+
+def test_a_head_in_4_bit_is_taken_over_row_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama", tmp_path / "dense", dtype="bfloat16", tie=False)
+    numbers = quantize_checkpoint(
+        tmp_path / "dense",
+        tmp_path / "quantized",
+        is_quantized=lambda name: name == "lm_head.weight",
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    monkeypatch.setattr(writer, "_TABLE_SLICE_BYTES", 1)
+    _, store = prepare(tmp_path / "quantized", tmp_path / "cache")
+    assert torch.equal(store.head, numbers["lm_head.weight"])
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

@@ -230,6 +230,15 @@ def test_one_rung_after_the_other_until_it_fits(
     assert state["rung"] == 3
 
 
+def test_a_new_layout_takes_no_host_memory_for_weights(base: Path, tmp_path: Path) -> None:
+    job = jobs.make_job(jobs.make_config(base, tmp_path), plan=PLAN)
+    job.engine.close()
+    lower = job.engine.replanned(job.store, replace(job.plan, layer_slots=2))
+    pairs = zip(lower.model.host_weights, job.engine.model.host_weights, strict=True)
+    assert all(new is old for new, old in pairs)
+    lower.close()
+
+
 def test_a_new_layout_may_itself_find_no_memory(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,8 +40,14 @@ class Engine:
         self.model.close()
 
     def replanned(self, store: Store, plan: Plan) -> Engine:
-        """The same adapter on a model laid out as `plan` says; this one must be closed before."""
-        model = Model(self.model.decoder, store, plan, self.ops, self.adapter)
+        """The same adapter on a model laid out as `plan` says; this one must be closed before.
+
+        Host memory is not taken twice: the weights stay where they are.
+        """
+        old = self.model
+        model = Model(
+            old.decoder, store, plan, self.ops, self.adapter, host_weights=old.host_weights
+        )
         return replace(self, model=model)
 
 

@@ -45,6 +45,9 @@ class Waiting(Protocol):
     def clear(self) -> None:
         """Forget everything."""
 
+    def close(self) -> None:
+        """Forget everything, and give the memory back."""
+
 
 class DeviceWaiting:
     """Bundles wait where they are."""
@@ -67,6 +70,10 @@ class DeviceWaiting:
     def clear(self) -> None:
         """Forget everything."""
         self._bundles.clear()
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.clear()
 
 
 class HostWaiting:
@@ -162,6 +169,15 @@ class HostWaiting:
     def clear(self) -> None:
         """Forget what waits; the memory is kept for the next step."""
         self._forms.clear()
+
+    def close(self) -> None:
+        """Wait for copies that nobody waits for any more, and give the memory back."""
+        for stream in (self._out_stream, self._in_stream):
+            stream.synchronize()
+        self.clear()
+        self._runs.clear()
+        self._buffers, self._has_left = [], []
+        self._arenas = PinnedArenas(is_pinned=True)
 
     def _host_run(self, key: BundleKey, size_bytes: int) -> Tensor:
         run = self._runs.get(key)

@@ -56,7 +56,12 @@ class Model:
         plan: What lies where.
         ops: Fast or plain operations.
         adapter: The adapter; None: the base model alone.
+        host_weights: Those of a model of the same store that was laid out otherwise; None: they are
+            read from the store.
         poison: Fill freed slots with NaN bytes (tests).
+
+    Attributes:
+        host_weights: Layers, then chunks of the head, where copies to the device start from.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Model:
         ops: Ops,
         adapter: Adapter | None,
         *,
+        host_weights: Sequence[Tensor] | None = None,
         poison: bool = False,
     ) -> None:
         self.decoder = decoder
@@ -118,6 +124,7 @@ class Model:
         )
         self._head = StreamedHead(chunks, ops, decoder.final_softcap)
         self.meter = WaitMeter()
+        self.host_weights = self._place(store) if host_weights is None else tuple(host_weights)
         self.ring = Ring(
             self._ring_items(store),
             plan.layer_slots,
@@ -213,7 +220,7 @@ class Model:
     def close(self) -> None:
         """Wait for copies and give the memory back."""
         self.embedding.close()
-        self._waiting.clear()
+        self._waiting.close()
         self.ring.close()
         self._reader.close()
 
@@ -328,19 +335,23 @@ class Model:
             grads.append(torch.zeros_like(states).index_copy_(0, batch.label_index, rows))
         return result.losses, grads
 
-    def _ring_items(self, store: Store) -> list[RingItem]:
-        """Layers, then head chunks."""
+    def _place(self, store: Store) -> Sequence[Tensor]:
         num_layers = self.decoder.num_layers
         row_bytes = self.decoder.hidden_size * store.head.element_size()
         head = store.head.view(-1).view(torch.uint8)
         chunks = head.split(self._plan.head_chunk_rows * row_bytes)
         sources = [store.blob(index) for index in range(num_layers)] + list(chunks)
-        if self.device.type == "cuda":
-            sources = place_on_host(
-                sources,
-                self._plan.host_weights,
-                check=lambda number: store.check(number) if number < num_layers else None,
-            )
+        if self.device.type != "cuda":
+            return sources
+        return place_on_host(
+            sources,
+            self._plan.host_weights,
+            check=lambda number: store.check(number) if number < num_layers else None,
+        )
+
+    def _ring_items(self, store: Store) -> list[RingItem]:
+        """Layers, then head chunks."""
+        sources, num_layers = self.host_weights, self.decoder.num_layers
         layers = [self._layer_item(sources[index], store, index) for index in range(num_layers)]
         return layers + [RingItem(source) for source in sources[num_layers:]]
 

@@ -105,12 +105,14 @@ def check_data(
         return DataReport(findings=_findings_of(error), summary={"counts": {}}, preview=())
     rows = make_dataset(tokens)
     limit = config.max_length
+    # How many rows there are of what names only some.
+    noticed: dict[str, int] = {}
     found = [
         *tokens.findings,
         *(() if other is None else other.findings),
         *split.findings,
-        *_find_repetitions(tokens),
-        *_find_similar(tokens, split, is_split=other is None),
+        *_find_repetitions(tokens, noticed),
+        *_find_similar(tokens, split, noticed, is_split=other is None),
         *_find_answers(tokens.texts),
         *_find_amounts(rows, config),
         *(() if isinstance(limit, str) else find_long_rows(rows, limit, config.too_long)),
@@ -119,9 +121,11 @@ def check_data(
     ]
     if not tokens.count("error") and not len(split.trained):
         found.append(make_finding("data.no_rows", "No row is left to train on."))
+    if not isinstance(limit, str):
+        noticed["data.too_long"] = int(np.count_nonzero(rows.lengths > limit))
     return DataReport(
         findings=order_findings(found),
-        summary=_summarise(tokens, rows, _count(found, tokens, other)),
+        summary=_summarise(tokens, rows, _count(found, tokens, other, noticed)),
         preview=preview_rows(rows, tokenizer),
     )
 
@@ -156,7 +160,12 @@ def order_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=place))
 
 
-def _count(found: Sequence[Finding], tokens: Tokenised, other: Tokenised | None) -> dict[str, int]:
+def _count(
+    found: Sequence[Finding],
+    tokens: Tokenised,
+    other: Tokenised | None,
+    noticed: Mapping[str, int],
+) -> dict[str, int]:
     """How often each code was noticed, those that are not listed too."""
     # What is said of all rows together, in front of those that are named, is none of them.
     named = Counter(finding.code for finding in found if finding.line is not None)
@@ -164,19 +173,20 @@ def _count(found: Sequence[Finding], tokens: Tokenised, other: Tokenised | None)
     for part in (tokens, other):
         for code, number in () if part is None else part.counts.items():
             counts[code] = max(counts.get(code, 0), number)
-    return counts
+    return {code: max(number, noticed.get(code, 0)) for code, number in counts.items()}
 
 
 # What only all rows together show
 
 
-def _find_repetitions(tokens: Tokenised) -> list[Finding]:
+def _find_repetitions(tokens: Tokenised, noticed: dict[str, int]) -> list[Finding]:
     rows = np.flatnonzero(tokens.content_keys)
     keys = tokens.content_keys[rows]
     _, first, of_row = np.unique(keys, return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[of_row] != np.arange(len(rows)))
     if not len(repeated):
         return []
+    noticed["data.duplicates"] = len(repeated)
     share = len(repeated) / len(rows)
     message = f"{len(repeated):,} of {len(rows):,} rows repeat earlier ones ({share:.1%})."
     findings = [make_finding("data.duplicates", message)]
@@ -189,12 +199,15 @@ def _find_repetitions(tokens: Tokenised) -> list[Finding]:
     return findings
 
 
-def _find_similar(tokens: Tokenised, split: RowSplit, *, is_split: bool) -> list[Finding]:
+def _find_similar(
+    tokens: Tokenised, split: RowSplit, noticed: dict[str, int], *, is_split: bool
+) -> list[Finding]:
     if tokens.texts is None:
         return []
     later, earlier = similar_rows(tokens.texts.signatures, tokens.content_keys)
     if not len(later):
         return []
+    noticed["data.near_duplicates"] = len(later)
     share = len(later) / int(np.count_nonzero(tokens.content_keys))
     message = f"{len(later):,} rows almost repeat earlier ones ({share:.1%})."
     findings = [make_finding("data.near_duplicates", message)]

@@ -74,6 +74,7 @@ _PLACEHOLDER = re.compile(
     r"|\{(?:instruction|input|output|question|answer|response|context|prompt|completion|query)\}"
     r"|[\[<](?:INSERT|YOUR|ENTER|PLACEHOLDER|TODO|FILL)"
     r"(?![A-Za-z _]{0,40}(?:KEY|TOKEN|SECRET|PASSWORD|ID|URL|HOST|PATH)\b)[A-Za-z _]{0,40}[\]>]"
+    r"|\[(?:[Yy]our|[Ii]nsert|[Ee]nter) [A-Za-z _']{1,40}\]"
     r"|\b[Ll]orem ipsum dolor"
 )
 _ABOUT_PLACEHOLDERS = re.compile(

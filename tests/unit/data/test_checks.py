@@ -73,6 +73,12 @@ def test_repeated_rows_are_counted_and_name_their_original(tmp_path, tokenizer):
     ]
 
 
+def test_more_repeated_rows_than_are_named_are_counted(tmp_path, tokenizer):
+    report = check(tmp_path, [chat_row(1), *[chat_row(2)] * 61], tokenizer)
+    assert report.summary["counts"]["data.duplicates"] == 60
+    assert len([f for f in report.findings if f.code == "data.duplicates" and f.line]) < 60
+
+
 def test_rows_with_other_calls_are_not_the_same(tmp_path, tokenizer):
     def row(city):
         function = {"name": "sun", "arguments": {"city": city}}
@@ -251,6 +257,8 @@ def test_other_numbers_are_no_personal_data(text):
         "{{ first name }}",
         "{input}",
         "[INSERT DATE]",
+        "[Your Name]",
+        "[Insert today's date]",
         "<YOUR NAME HERE>",
         "Lorem ipsum dolor sit",
     ],
@@ -260,7 +268,17 @@ def test_placeholders_are_seen(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["`{input}`", "```\n{{ x }}\n```", 'f"{input}"', "def f({input})", "{x}", "<b>", "[1]"]
+    "text",
+    [
+        "`{input}`",
+        "```\n{{ x }}\n```",
+        'f"{input}"',
+        "def f({input})",
+        "{x}",
+        "<b>",
+        "[1]",
+        "[Your](x)",
+    ],
 )
 def test_code_and_markup_are_no_placeholders(text):
     assert patterns.find_placeholder(text) is None

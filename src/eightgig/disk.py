@@ -110,7 +110,11 @@ class StagedFolder:
         self._disk = disk
         make_folders(target.parent, disk)
         remove_tree(self._staging, disk)
-        disk.make_folder(self._staging)
+        try:
+            disk.make_folder(self._staging)
+        except BaseException:  # Ctrl-C, after it was made
+            self.discard()
+            raise
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> FileDigest:
         """Write one file from its `parts` and flush it to the disk.
@@ -142,12 +146,12 @@ class StagedFolder:
         disk, target = self._disk, self._target
         replaced = target.with_name(target.name + REPLACED_SUFFIX)
         disk.flush_folder(self._staging)
-        if target.exists():
-            remove_tree(replaced, disk)
-            disk.rename(target, replaced)
         try:
+            if target.exists():
+                remove_tree(replaced, disk)
+                disk.rename(target, replaced)
             disk.rename(self._staging, target)
-        except OSError:
+        except BaseException:  # a failure, or Ctrl-C between the two
             if replaced.exists() and not target.exists():
                 disk.rename(replaced, target)
             raise

@@ -203,6 +203,16 @@ def test_an_interrupted_training_ends_with_130_and_says_how_to_go_on(
     assert "Adapter" not in shown.out
 
 
+def test_an_interruption_that_python_wrapped_is_one_still(
+    config: Path, training: FakeTraining, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Python 3.11 does so where Ctrl-C meets a class that is being made, in an import for example.
+    training.end = RuntimeError("Error calling __set_name__")
+    training.end.__cause__ = KeyboardInterrupt()
+    assert main(["train", str(config)]) == 130
+    assert "fault of eightgig" not in capsys.readouterr().err
+
+
 def test_going_on_takes_the_settings_that_were_put_over_the_files(
     config: Path, training: FakeTraining, capsys: pytest.CaptureFixture[str]
 ) -> None:

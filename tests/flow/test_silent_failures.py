@@ -285,7 +285,7 @@ def test_21_merged_weights_that_are_not_the_adapter(
 
     run = train_tiny(tmp_path)
     monkeypatch.setattr(export_page, "TunedWeights", Unscaled)
-    with pytest.raises(ExportError, match="answers otherwise"):
+    with pytest.raises(ExportError, match="does not hold the base weights"):
         export_run(run.folder, ExportOptions(kind="merged"))
 
 

@@ -55,15 +55,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_app()(args=words, prog_name="eightgig")
     except SystemExit as end:  # how typer ends, also when all went well
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except EightgigError as error:
-        render.show_error(error, as_json="--json" in words)
-        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception:  # noqa: BLE001 - the one place where nothing is let through
+    except Exception as error:  # noqa: BLE001 - the one place where nothing is let through
+        if _was_interrupted(error):
+            return INTERRUPTED
+        if isinstance(error, EightgigError):
+            render.show_error(error, as_json="--json" in words)
+            return error.exit_code
         render.show_fault()
         return FAULT
     return 0
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C led to `error`: until 3.12 Python wraps it where a class is being made, which
+    the import of a large library does for seconds.
+    """
+    cause = error.__cause__
+    return cause is not None and (isinstance(cause, KeyboardInterrupt) or _was_interrupted(cause))
 
 
 def _is_no_request_for_kernels(record: logging.LogRecord) -> bool:

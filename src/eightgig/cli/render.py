@@ -158,9 +158,10 @@ def show_export(export: Export, *, as_json: bool) -> None:
     for name, file in export.files.items():
         show_line(f"{format_bytes(file['size_bytes']):>12}  {name}")
     test = export.verification
-    if test is not None and test.is_verified:
-        against = f" against {test.reference}" if test.reference else ""
-        show_line(f"Tested{against}: {test.program}.", "green")
+    if test is not None:
+        if test.is_verified:
+            against = f" against {test.reference}" if test.reference else ""
+            show_line(f"Tested{against}: {test.program}.", "green")
         for line in _test_words(test):
             show_line(f"  {line}")
     show_line(f"Exported: {export.folder}", "bold green")
@@ -194,17 +195,25 @@ def machine_words(machine: Hardware) -> str:
 
 def _test_words(test: Verification) -> Iterator[str]:
     """How well an export agreed, in lines."""
+    if test.weights is not None:
+        yield (
+            f"{test.weights.num_tensors} tensors read back: no number is further off than its type "
+            "rounds."
+        )
     found, allowed = test.agreement, test.tolerance
     if found is not None and allowed is not None:
-        ties = f", {found.num_ties} part at a near tie" if found.num_ties else ""
         yield (
             f"{found.num_same_answers} of {found.num_prompts} greedy answers to {test.prompts} "
-            f"are the same{ties}."
+            f"are the same, and {found.num_same_tokens} of {found.num_tokens} choices of a token."
         )
         yield (
-            f"The first token's distribution differs by {found.divergence:.2g} nats at most; "
+            f"Their distributions differ by {found.divergence:.2g} nats a token; "
             f"{allowed.divergence:g} are allowed ({allowed.reason})."
         )
+    if test.reading is not None:
+        yield f"With the numbers before rounding they differ by {test.reading.divergence:.2g} nats."
+    if test.effect is not None:
+        yield f"Training moved these answers by {test.effect:.2g} nats a token."
     if test.trained_loss is not None and test.exported_loss is not None:
         yield (
             f"Held-out loss: {test.trained_loss:.4f} as trained, {test.exported_loss:.4f} with "

@@ -1,4 +1,9 @@
-"""What a model answers to prompts, and how far two models agree in that."""
+"""What a model answers to prompts, and how far two models agree in that.
+
+One model answers greedily; the other says, at every place of that answer, how likely it finds each
+token there. So both are compared behind the same words at every place, also where their own answers
+would have parted long before: a near tie early in an answer says nothing about what follows it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Precision = Literal["float32", "16 bit", "8 bit", "bfloat16 weights", "bfloat16", "4 bit"]
-PRECISIONS: tuple[Precision, ...] = (
-    "float32", "16 bit", "8 bit", "bfloat16 weights", "bfloat16", "4 bit",
-)  # fmt: skip
-"""From fine to coarse: of weights, and `bfloat16` of arithmetic."""
+"""Of weights; `float32` and `bfloat16` of arithmetic, too."""
 
-_KEPT_TOKENS = 32
+# The mean over one answer may be so many times that over all: it is of 16 tokens at most, and some
+# prompts lie nearer to ties than others. On right exports it was 1.8 times as much at most.
+_PROMPT_FACTOR = 5.0
+# Half of what training changed: a divergence grows with the square of a change.
+_LOST_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -23,14 +29,12 @@ class Answer:
     """The greedy answer to one prompt.
 
     Attributes:
-        first: Log-probability of every token as the first one of the answer, (V,) float32.
         ids: The answer, its stop included.
-        likeliest: Log-probabilities of the likeliest tokens at each place of the answer.
+        log_probs: Of every token at each place of the answer, (T, V) float32.
     """
 
-    first: NDArray[np.float32]
     ids: tuple[int, ...]
-    likeliest: tuple[Mapping[int, float], ...]
+    log_probs: NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,135 +42,155 @@ class Tolerance:
     """How far two models may differ and still be the same.
 
     Attributes:
-        divergence: Kullback-Leibler divergence of the first answer token, in nats, any prompt.
-        margin: Greedy answers may part where the reference's choice was no more than this much
-            likelier, in nats.
+        divergence: Kullback-Leibler divergence in nats, the mean over every token of the answers.
+        prompt_divergence: The mean over one answer.
         reason: Why they differ at all.
     """
 
     divergence: float
-    margin: float
+    prompt_divergence: float
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """How far the answers of an export agree with a reference.
+    """How far an export agrees with the answers of a reference.
 
     Attributes:
         num_prompts: Prompts compared.
         num_same_answers: Greedy answers that are equal token for token.
-        num_ties: Answers that part at a choice within the margin.
-        divergence: Largest divergence of the first answer token, in nats.
+        num_tokens: Tokens of the answers.
+        num_same_tokens: Those that the export would choose, too, behind the same tokens.
+        divergence: Kullback-Leibler divergence in nats, the mean over every token.
+        prompt_divergence: The largest mean of one answer.
         is_within: Whether everything stays within the tolerance.
-        worst: What parts most, in words; empty where nothing does.
+        worst: What is outside, in words; empty where nothing is.
     """
 
     num_prompts: int
     num_same_answers: int
-    num_ties: int
+    num_tokens: int
+    num_same_tokens: int
     divergence: float
+    prompt_divergence: float
     is_within: bool
     worst: str
 
 
-_TOLERANCES: Mapping[Precision, Tolerance] = {
-    "float32": Tolerance(
-        divergence=1e-4, margin=0.02, reason="both in float32, sums in another order"
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """The mean divergence that a precision is allowed, whatever training has changed.
+
+    Attributes:
+        divergence: In nats a token.
+        reason: Why there is any.
+        loses_updates: Whether rounding takes a part of what training has changed: base weights lie
+            on the type's own steps, and a change of less than half a step leaves them there.
+    """
+
+    divergence: float
+    reason: str
+    loses_updates: bool = False
+
+    def limit(self, effect: float) -> float:
+        """The mean divergence allowed where training has moved the answers by `effect`."""
+        return max(self.divergence, _LOST_SHARE * effect if self.loses_updates else 0.0)
+
+
+# Ten times and more what right exports of four trainings of SmolLM2-135M gave (2026-11-28, 382
+# tokens of 32 answers; the largest mean of a training): float32 1e-7, float16 4e-6, q8_0 0.006,
+# bfloat16 0.052 where 1.36 had been trained. One layer in another's place gave 0.17, one Q
+# transposed 0.29. Smaller faults of the numbers are found by `weight_check`.
+_RULES: Mapping[Precision, _Rule] = {
+    "float32": _Rule(1e-4, "both in float32, sums in another order"),
+    "16 bit": _Rule(1e-3, "numbers of 16 bits are rounded"),
+    "8 bit": _Rule(0.06, "weights of 8 bits are rounded"),
+    "bfloat16 weights": _Rule(
+        0.1, "tuned weights are rounded to bfloat16, with 8 bits", loses_updates=True
     ),
-    "16 bit": Tolerance(divergence=0.02, margin=0.25, reason="numbers of 16 bits are rounded"),
-    "8 bit": Tolerance(divergence=0.05, margin=0.5, reason="weights of 8 bits are rounded"),
-    # An update of less than half of a weight's last bit is rounded away: SmolLM2-135M, merged after
-    # three steps, diverges by 0.07 nats, and parts at a choice that was 0.36 likelier (2026-11).
-    "bfloat16 weights": Tolerance(
-        divergence=0.1, margin=0.5, reason="tuned weights are rounded to bfloat16, with 8 bits"
-    ),
-    # llama.cpp multiplies bfloat16 weights with inputs rounded to bfloat16, as GPUs do:
-    # SmolLM2-135M diverges by 0.06 nats from float32 (2026-11), q8_0 by less.
-    "bfloat16": Tolerance(
-        divergence=0.2, margin=1.0, reason="products are computed in bfloat16, with 8 bits"
-    ),
-    # Where either side is in 4 bit it is another model up to a point; a faulty file is off by far
-    # more: wrong rows of Q or K give several nats.
-    "4 bit": Tolerance(divergence=1.0, margin=2.0, reason="weights of 4 bits are rounded"),
+    "bfloat16": _Rule(0.1, "products are computed in bfloat16, with 8 bits"),
+    "4 bit": _Rule(1.0, "weights of 4 bits are rounded", loses_updates=True),
 }
 
 
-def tolerance_for(*precisions: Precision) -> Tolerance:
-    """The tolerance of the coarsest of `precisions`."""
-    return _TOLERANCES[max(precisions, key=PRECISIONS.index)]
+def tolerance_for(*precisions: Precision, effect: float = 0.0) -> Tolerance:
+    """The widest tolerance among those of `precisions`.
 
-
-def make_answer(logits: Sequence[NDArray[np.float32]], ids: Sequence[int]) -> Answer:
-    """An answer of the logits before each of its tokens, (V,) each."""
-    steps = [log_softmax(values) for values in logits]
-    return Answer(first=steps[0], ids=tuple(ids), likeliest=tuple(map(_likeliest, steps)))
+    Args:
+        precisions: Of both sides.
+        effect: How far training has moved the answers, in nats a token.
+    """
+    rule = max((_RULES[each] for each in precisions), key=lambda each: each.limit(effect))
+    return Tolerance(
+        divergence=rule.limit(effect),
+        prompt_divergence=_PROMPT_FACTOR * rule.limit(effect),
+        reason=rule.reason,
+    )
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probabilities of `logits`, (V,)."""
+    """Log-probabilities of `logits`, (..., V)."""
     wide = logits.astype(np.float64)
-    wide -= wide.max()
-    result: NDArray[np.float32] = (wide - np.log(np.exp(wide).sum())).astype(np.float32)
+    wide -= wide.max(axis=-1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    result: NDArray[np.float32] = wide.astype(np.float32)
     return result
 
 
 def compare_answers(
-    reference: Sequence[Answer], found: Sequence[Answer], tolerance: Tolerance
+    reference: Sequence[Answer], found: Sequence[NDArray[np.float32]], tolerance: Tolerance
 ) -> Agreement:
-    """How far `found` agrees with `reference`, prompt by prompt."""
-    divergences = [_divergence(a.first, b.first) for a, b in zip(reference, found, strict=True)]
-    num_same = num_ties = 0
-    largest_gap, worst = 0.0, ""
-    for number, (a, b) in enumerate(zip(reference, found, strict=True), start=1):
-        gap, place = _first_gap(a, b)
-        if place is None:
-            num_same += 1
-        elif gap <= tolerance.margin:
-            num_ties += 1
-        if gap > max(largest_gap, tolerance.margin):
-            largest_gap = gap
-            worst = (
-                f"prompt {number} is answered otherwise from token {(place or 0) + 1} on, where "
-                f"the trained model's choice is {gap:.2f} nats likelier"
-            )
-    divergence = max(divergences)
-    if not divergence <= tolerance.divergence and not worst:
-        number = divergences.index(divergence) + 1
-        worst = f"the first answer token of prompt {number} diverges by {divergence:.3g} nats"
+    """How far a model agrees with the answers of `reference`.
+
+    Args:
+        reference: Answers.
+        found: The other model's log-probabilities at each place of them, (T, V) each.
+        tolerance: What is allowed.
+    """
+    divergences, same = [], []
+    for answer, other in zip(reference, found, strict=True):
+        divergences.append(divergence_of(answer.log_probs, other))
+        same.append(_same_choices(answer, other))
+    means = [float(values.mean()) for values in divergences]
+    mean, largest = float(np.concatenate(divergences).mean()), max(means)
+    worst = ""
+    if not largest <= tolerance.prompt_divergence:
+        number = means.index(largest) + 1
+        worst = f"the answer to prompt {number} diverges by {largest:.3g} nats a token"
+    elif not mean <= tolerance.divergence:
+        worst = f"the answers diverge by {mean:.3g} nats a token"
     return Agreement(
-        num_prompts=len(divergences),
-        num_same_answers=num_same,
-        num_ties=num_ties,
-        divergence=divergence,
-        is_within=divergence <= tolerance.divergence and not worst,
+        num_prompts=len(same),
+        num_same_answers=sum(bool(each.all()) for each in same),
+        num_tokens=sum(map(len, same)),
+        num_same_tokens=sum(int(each.sum()) for each in same),
+        divergence=mean,
+        prompt_divergence=largest,
+        is_within=not worst,
         worst=worst,
     )
 
 
-def _divergence(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """Kullback-Leibler divergence in nats; infinite where the vocabularies differ."""
+def divergence_of(
+    reference: NDArray[np.float32], found: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Kullback-Leibler divergence in nats at each place, (T,).
+
+    Args:
+        reference, found: Log-probabilities, (T, V); infinite where they are of other vocabularies.
+    """
     if reference.shape != found.shape:
-        return float("inf")
+        return np.full(len(reference), np.inf)
     wide, other = reference.astype(np.float64), found.astype(np.float64)
     with np.errstate(invalid="ignore"):
         terms = np.where(wide > -np.inf, np.exp(wide) * (wide - other), 0.0)
-    total = float(terms.sum())
-    return max(0.0, total) if np.isfinite(total) else float("inf")
+    totals = terms.sum(axis=-1)
+    return np.where(np.isfinite(totals), np.maximum(totals, 0.0), np.inf)
 
 
-def _first_gap(reference: Answer, found: Answer) -> tuple[float, int | None]:
-    """Where two answers part, and how much likelier the reference found its own token there."""
-    pairs = zip(reference.ids, found.ids, reference.likeliest, strict=False)
-    for place, (own, other, likely) in enumerate(pairs):
-        if own != other:
-            return likely[own] - likely.get(other, min(likely.values())), place
-    if len(reference.ids) != len(found.ids):  # one has stopped at a token that it took for text
-        return float("inf"), min(len(reference.ids), len(found.ids))
-    return 0.0, None
-
-
-def _likeliest(log_probs: NDArray[np.float32]) -> dict[int, float]:
-    count = min(_KEPT_TOKENS, len(log_probs))
-    best = np.argpartition(-log_probs, count - 1)[:count]
-    return {int(index): float(log_probs[index]) for index in best}
+def _same_choices(answer: Answer, found: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Whether the other model would choose each token, too, (T,)."""
+    if answer.log_probs.shape != found.shape:
+        return np.zeros(len(answer.ids), dtype=bool)
+    same: NDArray[np.bool_] = found.argmax(axis=-1) == np.array(answer.ids)
+    return same

@@ -1,7 +1,7 @@
 """Exports loaded again by the programs they are for, to answer the same prompts.
 
 Merged weights by Transformers, in float32 on the processor; GGUF by llama.cpp, through
-llama-cpp-python. Both are asked with token ids, greedily.
+llama-cpp-python. Both are given token ids, and say how likely they find each token of an answer.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from eightgig.errors import ExportError
-from eightgig.export.answers import Answer, make_answer
+from eightgig.export.answers import Answer, log_softmax
 from eightgig.models.spec import ModelSpec
 
 _FLOAT32_BYTES = 4
@@ -40,22 +42,24 @@ def transformers_bytes(spec: ModelSpec) -> int:
     return round(elements * _FLOAT32_BYTES * _LOAD_FACTOR)
 
 
-def ask_transformers(
+def score_by_transformers(
     folder: Path,
     spec: ModelSpec,
     prompts: Sequence[Sequence[int]],
-    *,
-    num_tokens: int,
-    end_ids: frozenset[int],
-) -> list[Answer]:
-    """Greedy answers of the model in `folder`, loaded by Transformers in float32.
+    answers: Sequence[Sequence[int]],
+    exact: Mapping[str, Callable[[], Iterator[Tensor]]],
+) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
+    """Log-probabilities (T, V) at each place of `answers`, by Transformers in float32.
 
     Args:
         folder: A whole model folder.
         spec: The base model; it names the class.
         prompts: Token ids.
-        num_tokens: Tokens of an answer at most.
-        end_ids: Tokens that end an answer.
+        answers: Token ids of the answer to each.
+        exact: By module, what makes rows of its weight as they were before they were rounded.
+
+    Returns:
+        Of the weights as they are stored, and of the exact ones in their place.
 
     Raises:
         ExportError: Transformers cannot load it, or leaves a tensor out.
@@ -88,22 +92,19 @@ def ask_transformers(
         )
     model.eval()
     with torch.inference_mode():
-        return [_ask_module(model, prompt, num_tokens, end_ids) for prompt in prompts]
+        stored = [_score(model, *pair) for pair in zip(prompts, answers, strict=True)]
+        for module, blocks in exact.items():
+            weight, start = model.get_submodule(module).weight, 0
+            for block in blocks():
+                weight[start : start + len(block)] = block
+                start += len(block)
+        return stored, [_score(model, *pair) for pair in zip(prompts, answers, strict=True)]
 
 
-def _ask_module(
-    model: Any, prompt: Sequence[int], num_tokens: int, end_ids: frozenset[int]
-) -> Answer:
-    logits: list[NDArray[np.float32]] = []
-    ids: list[int] = []
-    step, cache = torch.tensor([list(prompt)]), None
-    while len(ids) < num_tokens and not (ids and ids[-1] in end_ids):
-        result = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
-        logits.append(result.logits[0, -1].float().numpy())
-        ids.append(int(logits[-1].argmax()))
-        step = torch.tensor([[ids[-1]]])
-    return make_answer(logits, ids)
+def _score(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> NDArray[np.float32]:
+    ids = torch.tensor([[*prompt, *answer[:-1]]])
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer)).logits[0]
+    return log_softmax(logits.float().numpy())
 
 
 def has_llama_cpp() -> bool:
@@ -134,6 +135,9 @@ class LlamaCpp:
                 n_batch=_BATCH_TOKENS,
                 n_ubatch=_BATCH_TOKENS,
                 n_gpu_layers=0,
+                # Its threads wait for each other without sleeping: on a busy machine one for every
+                # core took 77 s where half of them took 3 s (2 busy cores, 2026-11).
+                n_threads_batch=max(1, (os.cpu_count() or 1) // 2),
                 lora_path=None if lora is None else str(lora),
                 # The cache in float32: it is the file that is tested.
                 type_k=llama_cpp.GGML_TYPE_F32,
@@ -154,6 +158,12 @@ class LlamaCpp:
     def __exit__(self, *_: object) -> None:
         self._llama.close()
 
+    @property
+    def chat_template(self) -> str | None:
+        """The file's chat template, None where it has none."""
+        template = self._library.llama_model_chat_template(self._llama.model, None)
+        return None if template is None else str(template.decode("utf-8"))
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, control tokens in it read as such, nothing added."""
         ids: list[int] = self._llama.tokenize(text.encode("utf-8"), add_bos=False, special=True)
@@ -171,14 +181,43 @@ class LlamaCpp:
         self._llama.reset()
         self._llama.eval(list(prompt))
         while True:
-            logits.append(self._last_logits())
+            logits.append(self._logits(-1))
             ids.append(int(logits[-1].argmax()))
             if len(ids) == num_tokens or ids[-1] in end_ids or self.is_stop(ids[-1]):
-                return make_answer(logits, ids)
+                return Answer(ids=tuple(ids), log_probs=log_softmax(np.stack(logits)))
             self._llama.eval([ids[-1]])
 
-    def _last_logits(self) -> NDArray[np.float32]:
-        pointer = self._library.llama_get_logits_ith(self._llama.ctx, -1)
+    def score(self, prompt: Sequence[int], answer: Sequence[int]) -> NDArray[np.float32]:
+        """Log-probabilities (T, V) at each place of `answer`, which has at most 128 tokens."""
+        self._llama.reset()
+        self._llama.eval(list(prompt))
+        logits = [self._logits(-1)]
+        given = answer[:-1]
+        if given:
+            self._decode(given, start=len(prompt))
+            logits += [self._logits(place) for place in range(len(given))]
+        return log_softmax(np.stack(logits))
+
+    def _decode(self, tokens: Sequence[int], *, start: int) -> None:
+        """Pass tokens in one batch, with logits behind each of them."""
+        library = self._library
+        batch = library.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for place, token in enumerate(tokens):
+                batch.token[place] = token
+                batch.pos[place] = start + place
+                batch.n_seq_id[place] = 1
+                batch.seq_id[place][0] = 0
+                batch.logits[place] = True
+            failed = library.llama_decode(self._llama.ctx, batch)
+        finally:
+            library.llama_batch_free(batch)
+        assert not failed, f"llama_decode gives {failed}"
+
+    def _logits(self, place: int) -> NDArray[np.float32]:
+        """Logits (V,) behind a token of the last batch; -1: the last one."""
+        pointer = self._library.llama_get_logits_ith(self._llama.ctx, place)
         size = self._llama.n_vocab()
         values = np.ctypeslib.as_array(
             ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), shape=(size,)

@@ -16,7 +16,7 @@ from eightgig import __version__
 from eightgig.adapters.files import read_adapter
 from eightgig.config import store_folder
 from eightgig.disk import Disk
-from eightgig.errors import ExportError, Finding
+from eightgig.errors import ExportError, Finding, ModelError
 from eightgig.evaluation.tuned_run import TunedRun, open_run
 from eightgig.export import ollama
 from eightgig.export.card import export_card
@@ -38,6 +38,7 @@ from eightgig.export.verify import (
     References,
     Verification,
     make_references,
+    rounding_finding,
     unverified_finding,
     why_not_verified,
 )
@@ -99,14 +100,22 @@ def export_run(folder: Path, options: ExportOptions, observe: Observe = lambda _
             form.write(job, prepared, output)
             verification = None
             if options.is_verified:
-                verification = form.verify(job, prepared, output, references)
-                if not verification.is_verified:
-                    job.find(unverified_finding(verification))
+                verification = replace(
+                    form.verify(job, prepared, output, references), weights=job.weight_check
+                )
+                job.find(*_findings(verification))
             export = _finish(job, prepared, output, verification)
     if options.ollama_name is not None:
         observe(f"Creating {options.ollama_name} in Ollama")
         ollama.create_model(job.target, options.ollama_name)
     return export
+
+
+def _findings(verification: Verification) -> tuple[Finding, ...]:
+    if not verification.is_verified:
+        return (unverified_finding(verification),)
+    rounding = rounding_finding(verification)
+    return () if rounding is None else (rounding,)
 
 
 def _references(job: Job) -> References | None:
@@ -118,6 +127,7 @@ def _references(job: Job) -> References | None:
 
 
 def _open_job(folder: Path, options: ExportOptions, observe: Observe) -> Job:
+    _check_options(options)
     tuned = open_run(folder, observe)
     exported = tuned if options.base is None else _with_base(tuned, options.base, observe)
     name: str = options.kind
@@ -132,6 +142,28 @@ def _open_job(folder: Path, options: ExportOptions, observe: Observe) -> Job:
         target=target,
         observe=observe,
     )
+
+
+def _check_options(options: ExportOptions) -> None:
+    """Refuse what has no effect, and a missing Ollama before minutes of work.
+
+    Raises:
+        ExportError: Such an option.
+    """
+    kind = options.kind
+    for name, is_given, kinds in (
+        ("--type", options.gguf_type is not None, ("gguf", "ollama")),
+        ("--ollama-name", options.ollama_name is not None, ("ollama",)),
+        ("--base", options.base is not None, ("merged", "gguf", "gguf-lora", "ollama")),
+    ):
+        if is_given and kind not in kinds:
+            raise ExportError(
+                f"{name} has no effect on --to {kind}.",
+                why=f"It is for {' and '.join(f'--to {each}' for each in kinds)}.",
+                fix=f"Leave {name} out, or choose another form.",
+            )
+    if options.ollama_name is not None:
+        ollama.require_program(options.ollama_name)
 
 
 @contextmanager
@@ -161,7 +193,11 @@ def _checkpoint(job: Job) -> Iterator[None]:
 def _with_base(tuned: TunedRun, base: str, observe: Observe) -> TunedRun:
     """The run on other base weights; the adapter must fit them."""
     config = replace(tuned.config.model, name=base, revision=None, delete_download=False)
-    found = find_base_model(config, store_folder=store_folder(config), show=observe)
+    try:
+        found = find_base_model(config, store_folder=store_folder(config), show=observe)
+    except ModelError as error:
+        fix = error.fix.replace("`model.name`", "--base")
+        raise ModelError(error.message, why=error.why, fix=fix) from error
     if found.spec.decoder != tuned.base.spec.decoder:
         raise ExportError(
             f"The adapter was trained for {tuned.base.spec.name}; {base} is another model.",

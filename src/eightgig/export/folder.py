@@ -124,6 +124,9 @@ def output_folder(
             staged.publish()
         except BaseException:
             staged.discard()
+            if target.exists():
+                with suppress(OSError):
+                    staged.remove_replaced()
             raise
     except OSError as error:
         raise ExportError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from eightgig.adapters.files import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder, read_adapter
+from eightgig.data.tokenizer import load_tokenizer
 from eightgig.errors import Finding
 from eightgig.export import gguf, ollama
 from eightgig.export.folder import OutputFolder, copy_model_files
@@ -23,6 +24,7 @@ from eightgig.export.verify import (
     verify_merged,
     why_not_verified,
 )
+from eightgig.export.weight_check import MergedCheck, check_gguf
 from eightgig.quant.fetch import checkpoint_of
 
 _OLLAMA_TYPE = "q8_0"
@@ -51,13 +53,20 @@ def _prepare_merged(job: Job) -> Prepared:
 
 def _write_merged(job: Job, _: Prepared, output: OutputFolder) -> None:
     base = job.exported.base
-    write_merged(output, job.weights, checkpoint_of(base), job.observe)
+    check = MergedCheck(output.path, job.defined) if job.options.is_verified else None
+    write_merged(
+        output,
+        job.weights,
+        checkpoint_of(base),
+        job.observe,
+        check=check.check_file if check is not None else lambda _: None,
+    )
+    job.weight_check = None if check is None else check.result()
     if base.spec.quantization is not None:
         output.write("config.json", config_without_quantization(base.folder))
-    template = None
-    if job.tuned.config.data.chat_template not in (None, "none"):
-        template = str(job.tuned.tokenizer.chat_template)
-        job.find(_template_finding(job))
+    template = _trained_template(job)
+    if template is not None:
+        job.find(_template_finding())
     copy_model_files(output, base.folder, template=template, skip=tuple(output.files))
 
 
@@ -65,7 +74,7 @@ def _verify_merged(
     job: Job, _: Prepared, output: OutputFolder, references: References | None
 ) -> Verification:
     assert references is not None
-    return verify_merged(output.path, job.exported, references, job.observe)
+    return verify_merged(output.path, job.exported, job.defined, references, job.observe)
 
 
 def _prepare_gguf(job: Job) -> Prepared:
@@ -103,6 +112,13 @@ def _write_gguf(job: Job, prepared: Prepared, output: OutputFolder) -> None:
     (name,) = prepared.main_files
     direct = name if prepared.kind == prepared.direct_kind else "unquantised.gguf"
     _write_model(job, prepared, output, direct, job.weights)
+    if job.options.is_verified:
+        job.observe("Reading the numbers again")
+        job.weight_check = check_gguf(
+            output.path / direct,
+            gguf.gguf_tensors(job.defined, "f32"),
+            num_adapted=len(job.weights.adapted_names),
+        )
     if direct != name:
         job.observe(f"llama-quantize makes {prepared.kind}")
         gguf.quantize_file(output, direct, name, prepared.kind)
@@ -156,9 +172,10 @@ def _prepare_lora(job: Job) -> Prepared:
     load_gguf()
     spec = job.weights.spec
     job.find(*check_architecture(spec))
-    needed_bytes, parts = gguf.adapter_parts(
-        spec, job.exported.adapter, name=job.name, observe=job.observe
-    )
+    adapter = job.exported.adapter
+    tensors = gguf.adapter_tensors(spec, adapter)
+    parts = gguf.adapter_parts(spec, adapter.lora, tensors, name=job.name, observe=job.observe)
+    needed_bytes = gguf.gguf_bytes(tensors)
     direct = gguf.base_type(spec)
     if job.options.is_verified and why_not_verified(job.options.kind) is None:
         # llama.cpp tests the adapter on a GGUF of the base model, which is deleted again.
@@ -168,14 +185,19 @@ def _prepare_lora(job: Job) -> Prepared:
         main_files=(f"{job.name}-lora.gguf",),
         kind=direct,
         direct_kind=direct,
+        tensors=tuple(tensors),
         vocabulary=_vocabulary(job),
         parts=parts,
     )
 
 
-def _write_lora(_: Job, prepared: Prepared, output: OutputFolder) -> None:
+def _write_lora(job: Job, prepared: Prepared, output: OutputFolder) -> None:
     assert prepared.parts is not None
     output.write(prepared.main_files[0], prepared.parts)
+    if job.options.is_verified:
+        job.weight_check = check_gguf(
+            output.path / prepared.main_files[0], prepared.tensors, num_adapted=0
+        )
 
 
 def _verify_lora(
@@ -215,12 +237,19 @@ def _verify_adapter(
     return Verification(is_verified=True, program=f"read back: {names} fit the base model")
 
 
-def _template_finding(job: Job) -> Finding:
+def _trained_template(job: Job) -> str | None:
+    """The chat template that was trained with, where the exported base model has another."""
+    trained = job.tuned.tokenizer.chat_template
+    if trained is None or trained == load_tokenizer(job.exported.base.folder).chat_template:
+        return None
+    return str(trained)
+
+
+def _template_finding() -> Finding:
     return Finding(
         severity="note",
         code="export.template",
-        message="chat_template.jinja is the one that was trained with "
-        f"(data.chat_template: {job.tuned.config.data.chat_template}), not the base model's.",
+        message="chat_template.jinja is the one that was trained with, not the base model's.",
         why="With another template the model reads other prompts than it was trained on.",
         fix="Nothing to do.",
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eightgig.adapters.files import AdapterFolder
 from eightgig.adapters.lora import lora_scale
+from eightgig.config import LoraConfig
 from eightgig.errors import ExportError
 from eightgig.export.folder import ExportProgress, OutputFolder, find_program
 from eightgig.export.gguf_file import (
@@ -116,14 +117,8 @@ def model_parts(
     return gguf_parts(writer, tensors, wrote=_progress(tensors, observe))
 
 
-def adapter_parts(
-    spec: ModelSpec, adapter: AdapterFolder, *, name: str, observe: Callable[[object], None]
-) -> tuple[int, Iterator[bytes | memoryview]]:
-    """The bytes of a GGUF of the adapter alone, and how many there are at most.
-
-    llama.cpp multiplies by alpha / rank; alpha is chosen so that this is the trained scale, also
-    with rank-stabilised LoRA.
-    """
+def adapter_tensors(spec: ModelSpec, adapter: AdapterFolder) -> list[GgufTensor]:
+    """The tensors of an adapter under llama.cpp's names."""
     names = _tensor_names(spec)
     tensors = []
     for ours, tensor in adapter.tensors.items():
@@ -139,13 +134,35 @@ def adapter_parts(
                 blocks=_blocks_once(data),
             )
         )
+    return tensors
+
+
+def adapter_parts(
+    spec: ModelSpec,
+    lora: LoraConfig,
+    tensors: list[GgufTensor],
+    *,
+    name: str,
+    observe: Callable[[object], None],
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a GGUF of the adapter alone.
+
+    llama.cpp multiplies by alpha / rank; alpha is chosen so that this is the trained scale, also
+    with rank-stabilised LoRA.
+
+    Args:
+        spec: The base model.
+        lora: The adapter's settings.
+        tensors: From `adapter_tensors`.
+        name: Of the tuned model.
+        observe: Called with an `ExportProgress` for every block.
+    """
     writer = _writer(spec)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", lora_scale(adapter.lora) * adapter.lora.r)
+    writer.add_float32("adapter.lora.alpha", lora_scale(lora) * lora.r)
     _add_origin(writer, spec, name)
-    parts = gguf_parts(writer, tensors, wrote=_progress(tensors, observe))
-    return gguf_bytes(tensors), parts
+    return gguf_parts(writer, tensors, wrote=_progress(tensors, observe))
 
 
 def require_type(kind: str) -> str:

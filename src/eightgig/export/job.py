@@ -12,6 +12,7 @@ from eightgig.evaluation.tuned_run import TunedRun
 from eightgig.export.gguf_file import GgufTensor
 from eightgig.export.gguf_vocab import Vocabulary
 from eightgig.export.source import TunedWeights
+from eightgig.export.weight_check import DefinedWeights, WeightCheck
 
 Kind = Literal["merged", "gguf", "gguf-lora", "ollama", "adapter"]
 KINDS: tuple[Kind, ...] = ("merged", "gguf", "gguf-lora", "ollama", "adapter")
@@ -53,6 +54,7 @@ class Job:
         target: The folder to write.
         observe: Told what is done.
         findings: What was noticed so far.
+        weight_check: What was found in the written numbers; None before, and where none is wanted.
     """
 
     tuned: TunedRun
@@ -62,11 +64,18 @@ class Job:
     target: Path
     observe: Observe
     findings: list[Finding] = field(default_factory=list)
+    weight_check: WeightCheck | None = None
 
     @property
     def name(self) -> str:
         """Name of the run."""
         return self.tuned.config.run.name
+
+    @property
+    def defined(self) -> DefinedWeights:
+        """What the exported weights must be."""
+        base = self.exported.base
+        return DefinedWeights(base.spec, base.folder, self.exported.adapter)
 
     def find(self, *findings: Finding) -> None:
         """Take note of `findings`, and say them."""

@@ -43,6 +43,8 @@ def write_merged(
     weights: TunedWeights,
     checkpoint: Path | Download,
     observe: Callable[[object], None],
+    *,
+    check: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write the merged safetensors files and their index; everything else is the caller's.
 
@@ -51,13 +53,15 @@ def write_merged(
         weights: Base model and adapter.
         checkpoint: The base model's folder, or how its files are fetched one by one.
         observe: Called with an `ExportProgress` for every file.
+        check: Called with the name of every file that has been written, while its original is
+            still there.
 
     Raises:
         OSError: The disk is full, or fails.
         ModelError: The checkpoint changed while it was read.
     """
     if weights.spec.quantization is not None:
-        _write_dense(output, weights, observe)
+        _write_dense(output, weights, observe, check)
         return
     folder = checkpoint if isinstance(checkpoint, Path) else checkpoint.folder
     sizes = file_bytes(weights.spec)
@@ -66,6 +70,7 @@ def write_merged(
         if isinstance(checkpoint, Download):
             checkpoint.fetch(file)
         output.write(file, _file_parts(weights, folder, file))
+        check(file)
         done_bytes += sizes[file]
         observe(ExportProgress(work=_WORK, done_bytes=done_bytes, total_bytes=total_bytes))
         if isinstance(checkpoint, Download):
@@ -154,7 +159,10 @@ def _dense_bytes(weights: TunedWeights, name: str) -> int:
 
 
 def _write_dense(
-    output: OutputFolder, weights: TunedWeights, observe: Callable[[object], None]
+    output: OutputFolder,
+    weights: TunedWeights,
+    observe: Callable[[object], None],
+    check: Callable[[str], None],
 ) -> None:
     """A 4-bit checkpoint in 16 bit, under the same file names."""
     spec = weights.spec
@@ -165,6 +173,7 @@ def _write_dense(
     for file in files:
         inside = [name for name in names if spec.tensors[name].file == file]
         output.write(file, _dense_parts(weights, inside))
+        check(file)
         done_bytes += sum(sizes[name] for name in inside)
         observe(ExportProgress(work=_WORK, done_bytes=done_bytes, total_bytes=total_bytes))
     if len(files) > 1:

@@ -170,19 +170,30 @@ def no_template_finding() -> Finding:
     )
 
 
+def require_program(name: str) -> str:
+    """The installed Ollama, that shall create the model `name`.
+
+    Raises:
+        ExportError: There is none.
+    """
+    program = find_program(("ollama",))
+    if program is None:
+        raise ExportError(
+            f"The model {name} cannot be created here: Ollama is not installed.",
+            why="Its own program makes a model of the GGUF and the Modelfile.",
+            fix="Install Ollama, or leave --ollama-name out and, where it is installed, run in the "
+            f"export's folder: ollama create {name} -f {MODELFILE_NAME}",
+        )
+    return program
+
+
 def create_model(folder: Path, name: str) -> None:
     """Have the installed Ollama make the model `name` of the Modelfile in `folder`.
 
     Raises:
         ExportError: Ollama is not installed, or refuses.
     """
-    program = find_program(("ollama",))
-    if program is None:
-        raise ExportError(
-            f"The model {name} was not created: Ollama is not installed.",
-            why=f"The GGUF and its Modelfile are in {folder}.",
-            fix=f"Install Ollama, then run: ollama create {name} -f {folder / MODELFILE_NAME}",
-        )
+    program = require_program(name)
     done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
         [program, "create", name, "-f", MODELFILE_NAME],
         cwd=folder,

@@ -16,6 +16,7 @@ from eightgig.errors import ExportError
 _LEFT_OUT = (".DS_Store", "Thumbs.db")
 _ADAPTER_MARK = "adapter_config.json"
 _EXPORT_MARK = "export.json"
+_NOT_LOGGED_IN = "No access token is on this machine."
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -85,6 +86,9 @@ def push(upload: Upload, *, api: Any = None) -> str:
     if api is None:
         import huggingface_hub
 
+        if huggingface_hub.get_token() is None:
+            # Without one the hub would be asked, and say no more than HTTP 401.
+            raise _refused(upload.repository, _NOT_LOGGED_IN)
         api = huggingface_hub.HfApi()
     with _explained(upload.repository):
         api.create_repo(
@@ -113,7 +117,7 @@ def _explained(repository: str) -> Iterator[None]:
     try:
         yield
     except errors.LocalTokenNotFoundError as error:
-        raise _refused(repository, "No access token is on this machine.") from error
+        raise _refused(repository, _NOT_LOGGED_IN) from error
     except errors.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         why = f"The hub says HTTP {status}." if status else "The hub refuses."

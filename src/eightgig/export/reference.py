@@ -32,7 +32,7 @@ from eightgig.evaluation.tuned_run import (
     plan_rows,
     with_room,
 )
-from eightgig.export.answers import Answer, Precision, make_answer
+from eightgig.export.answers import Answer, Precision, divergence_of, log_softmax
 from eightgig.memory.plan import Plan
 from eightgig.models.checkpoint import read_config, read_model_spec
 from eightgig.quant.store import open_store
@@ -82,12 +82,15 @@ class Reference:
     Attributes:
         answers: To each prompt.
         precision: Of its weights and of its arithmetic, the coarser of the two.
+        effect: How far the base model without the adapter diverges from these answers, in nats a
+            token: what the training has changed in them.
         loss: Of the held-out rows, None where they were not measured.
         words: What it is, in words.
     """
 
     answers: tuple[Answer, ...]
     precision: Precision
+    effect: float
     loss: float | None
     words: str
 
@@ -150,17 +153,27 @@ def measure_unquantised(
     )
 
 
-def measure_merged(
-    exported: TunedRun, plan: Plan, prompts: Prompts, merged: Path, folder: Path
-) -> Reference:
-    """The answers of merged weights, read by eightgig's own engine.
+def score_merged(
+    exported: TunedRun,
+    plan: Plan,
+    prompts: Prompts,
+    answers: Sequence[Answer],
+    *,
+    merged: Path,
+    folder: Path,
+) -> tuple[list[NDArray[np.float32]], Precision]:
+    """How likely merged weights, read by eightgig's own engine, find each token of `answers`.
 
     Args:
         exported: The run with the base model that was exported.
         plan: For unquantised weights.
-        prompts: What to ask.
+        prompts: What was asked.
+        answers: What the trained model answered.
         merged: Folder of the merged model.
         folder: For the prepared weights; the caller deletes it.
+
+    Returns:
+        Log-probabilities (T, V) of each answer, and the precision of the arithmetic.
 
     Raises:
         EightgigError: The model cannot be loaded.
@@ -171,25 +184,10 @@ def measure_merged(
     store = open_store(spec, merged, config, device=plan.device)
     engine = assemble(spec, store, plan, None)
     try:
-        rows = rows_at_a_time(exported, plan, prompts)
-        answers = ask_engine(engine, prompts, rows)
+        scores = _score(engine, prompts, answers, rows_at_a_time(exported, plan, prompts))
     finally:
         engine.close()
-    return Reference(
-        answers=tuple(answers),
-        precision=_arithmetic(plan),
-        loss=None,
-        words="the merged weights through eightgig's engine",
-    )
-
-
-def ask_engine(engine: Engine, prompts: Prompts, rows: int) -> list[Answer]:
-    """Greedy answers of an engine, `rows` prompts at a time."""
-    answers: list[Answer] = []
-    for start in range(0, len(prompts.ids), rows):
-        asked = prompts.ids[start : start + rows]
-        answers += _ask_together(engine, asked, prompts.end_ids)
-    return answers
+    return scores, _arithmetic(plan)
 
 
 def rows_at_a_time(tuned: TunedRun, plan: Plan, prompts: Prompts) -> int:
@@ -215,45 +213,97 @@ def _ask(
     engine = build_engine(tuned, plan, observe)
     try:
         rows = rows_at_a_time(tuned, plan, prompts)
-        answers = ask_engine(engine, prompts, rows)
+        answers = _answer(engine, prompts, rows)
         loss = None
         held_out = prompts.held_out
         if held_out is not None and len(held_out.input_ids) <= _MOST_LOSS_TOKENS:
             loss = measure_loss(engine.model, held_out, plan, tuned.config.data.packing).loss
+        engine.model.use_adapter(False)
+        base = _score(engine, prompts, answers, rows)
     finally:
         engine.close()
-    return Reference(answers=tuple(answers), precision=precision, loss=loss, words=words)
+    pairs = zip(answers, base, strict=True)
+    effect = np.concatenate([divergence_of(answer.log_probs, other) for answer, other in pairs])
+    return Reference(
+        answers=tuple(answers),
+        precision=precision,
+        effect=float(effect.mean()),
+        loss=loss,
+        words=words,
+    )
 
 
-def _ask_together(
-    engine: Engine, asked: Sequence[tuple[int, ...]], end_ids: frozenset[int]
-) -> list[Answer]:
-    logits: list[list[NDArray[np.float32]]] = [[] for _ in asked]
-    is_running = [True] * len(asked)
+def _answer(engine: Engine, prompts: Prompts, rows: int) -> list[Answer]:
+    """Greedy answers, `rows` prompts at a time."""
+    answers: list[Answer] = []
+    for start in range(0, len(prompts.ids), rows):
+        asked = prompts.ids[start : start + rows]
+        made, logits = _generate(engine, asked, prompts.end_ids)
+        answers += [
+            Answer(ids=tuple(ids), log_probs=log_softmax(values[: len(ids)]))
+            for ids, values in zip(made, logits, strict=True)
+        ]
+    return answers
 
-    def record(_: Sequence[Sequence[int]], values: Tensor) -> Tensor:
-        rows = values.float().cpu().numpy()
-        for number, row in enumerate(rows):
-            if is_running[number]:
-                logits[number].append(row)
-        return values
 
-    ids: list[list[int]] = [[] for _ in asked]
-    steps = generate(
+def _score(
+    engine: Engine, prompts: Prompts, answers: Sequence[Answer], rows: int
+) -> list[NDArray[np.float32]]:
+    """Log-probabilities (T, V) at each place of `answers`, `rows` prompts at a time."""
+    scores: list[NDArray[np.float32]] = []
+    for start in range(0, len(prompts.ids), rows):
+        part = slice(start, start + rows)
+        given = [answer.ids for answer in answers[part]]
+        _, logits = _generate(engine, prompts.ids[part], frozenset(), given)
+        scores += [
+            log_softmax(values[: len(ids)]) for ids, values in zip(given, logits, strict=True)
+        ]
+    return scores
+
+
+def _generate(
+    engine: Engine,
+    asked: Sequence[tuple[int, ...]],
+    end_ids: frozenset[int],
+    given: Sequence[Sequence[int]] | None = None,
+) -> tuple[list[list[int]], list[NDArray[np.float32]]]:
+    """Tokens that follow on each prompt, and the logits (T, V) before each of them.
+
+    Args:
+        engine: With or without its adapter.
+        asked: Prompts of one batch.
+        end_ids: Tokens that end an answer; the tokens behind it mean nothing.
+        given: The tokens that shall follow; None: the likeliest.
+    """
+    steps: list[NDArray[np.float32]] = []
+
+    def record(made: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+        steps.append(logits.float().cpu().numpy())
+        if given is None:
+            return logits
+        place = len(made[0])
+        forced = [ids[min(place, len(ids) - 1)] for ids in given]
+        only = torch.full_like(logits, float("-inf"))
+        only[torch.arange(len(forced)), forced] = 0.0
+        return only
+
+    made: list[list[int]] = [[] for _ in asked]
+    num_tokens = NUM_ANSWER_TOKENS if given is None else max(map(len, given))
+    tokens = generate(
         engine.model,
         engine.ops,
         asked,
-        max_new_tokens=NUM_ANSWER_TOKENS,
+        max_new_tokens=num_tokens,
         stop_ids=end_ids,
         allowed=record,
     )
     with torch.no_grad():
-        for tokens in steps:
-            for number, token in enumerate(tokens):
+        for step in tokens:
+            for ids, token in zip(made, step, strict=True):
                 if token is not None:
-                    ids[number].append(token)
-                    is_running[number] = token not in end_ids
-    return [make_answer(*pair) for pair in zip(logits, ids, strict=True)]
+                    ids.append(token)
+    logits = np.stack(steps, axis=1)  # (rows, T, V)
+    return made, list(logits)
 
 
 def _arithmetic(plan: Plan) -> Precision:

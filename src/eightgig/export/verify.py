@@ -8,16 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 from eightgig.config import store_folder
+from eightgig.data.tokenizer import load_tokenizer
 from eightgig.disk import Disk
 from eightgig.errors import DoesNotFitError, ExportError, Finding
 from eightgig.evaluation.tuned_run import TunedRun
 from eightgig.export.answers import (
-    PRECISIONS,
     Agreement,
-    Answer,
     Precision,
     Tolerance,
     compare_answers,
@@ -25,20 +26,22 @@ from eightgig.export.answers import (
 )
 from eightgig.export.candidates import (
     LlamaCpp,
-    ask_transformers,
     has_llama_cpp,
+    score_by_transformers,
     transformers_bytes,
 )
 from eightgig.export.folder import check_room
+from eightgig.export.reading import check_prompts, check_stops, check_template
 from eightgig.export.reference import (
     NUM_ANSWER_TOKENS,
     Prompts,
     Reference,
     choose_prompts,
-    measure_merged,
     measure_reference,
     measure_unquantised,
+    score_merged,
 )
+from eightgig.export.weight_check import DefinedWeights, WeightCheck
 from eightgig.hardware.probe import probe
 from eightgig.memory.fit import refuse_misfit
 from eightgig.memory.plan import Plan, make_plan
@@ -51,7 +54,7 @@ Observe = Callable[[object], None]
 _GGUF_PRECISIONS: Mapping[str, Precision] = {
     "f32": "float32",
     "f16": "16 bit",
-    "bf16": "bfloat16",
+    "bf16": "bfloat16 weights",
     "q8_0": "8 bit",
 }
 _STORED_PRECISIONS: Mapping[str, Precision] = {
@@ -62,6 +65,9 @@ _STORED_PRECISIONS: Mapping[str, Precision] = {
 # The base model and the data of the training give the loss that the run wrote down, up to the
 # arithmetic of another device.
 _LOSS_TOLERANCE = 0.02
+# A divergence grows with the square of a change: where it is a tenth of what training has moved, a
+# third of the change is gone.
+_SAID_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +92,11 @@ class References:
         """The one that an export must equal most closely."""
         return self.exported or self.trained
 
+    @property
+    def answer_ids(self) -> list[tuple[int, ...]]:
+        """The answers that an export is asked about."""
+        return [answer.ids for answer in self.closest.answers]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
@@ -98,6 +109,9 @@ class Verification:
         prompts: Where the prompts come from.
         agreement: What was found.
         tolerance: What was allowed.
+        reading: The same with the numbers before rounding in place of the stored ones.
+        weights: How far the written numbers are from their definition.
+        effect: How far training has moved the same answers, in nats a token.
         trained_loss, exported_loss: Held-out loss as trained, and of the exported weights.
     """
 
@@ -107,6 +121,9 @@ class Verification:
     prompts: str = ""
     agreement: Agreement | None = None
     tolerance: Tolerance | None = None
+    reading: Agreement | None = None
+    weights: WeightCheck | None = None
+    effect: float | None = None
     trained_loss: float | None = None
     exported_loss: float | None = None
 
@@ -148,9 +165,16 @@ def why_not_verified(kind: str) -> str | None:
 
 
 def verify_merged(
-    folder: Path, exported: TunedRun, references: References, observe: Observe
+    folder: Path,
+    exported: TunedRun,
+    exact: DefinedWeights,
+    references: References,
+    observe: Observe,
 ) -> Verification:
     """Load merged weights again and compare: by Transformers, or if too large by our own engine.
+
+    Transformers is asked a second time with the numbers before they were rounded: what differs
+    then was read otherwise, and has no rounding to hide behind.
 
     Raises:
         ExportError: They disagree, or cannot be loaded.
@@ -158,16 +182,26 @@ def verify_merged(
     spec = exported.base.spec
     stored = _STORED_PRECISIONS[spec.dtype]
     needed_bytes, free_bytes = transformers_bytes(spec), psutil.virtual_memory().available
+    tokenizer = load_tokenizer(folder)
+    check_prompts(
+        "Transformers",
+        lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        exported,
+        references.prompts,
+    )
+    check_template("Transformers", tokenizer.chat_template, exported)
     if needed_bytes <= free_bytes:
         observe("Loading the merged model with Transformers")
-        answers = ask_transformers(
-            folder,
-            spec,
-            references.prompts.ids,
-            num_tokens=NUM_ANSWER_TOKENS,
-            end_ids=references.prompts.end_ids,
+        # Of a base model that was fetched file by file nothing is left to compute them of.
+        modules = exact.by_module() if exported.base.hub is None else {}
+        scores, unrounded = score_by_transformers(
+            folder, spec, references.prompts.ids, references.answer_ids, modules
         )
-        return _compared("Transformers", answers, stored, references)
+        found = _compared("Transformers", scores, (stored,), references)
+        if not modules:
+            return found
+        reading = _compared("Transformers", unrounded, ("float32",), references)
+        return replace(found, reading=reading.agreement)
     too_large = (
         f"Transformers on the processor needs {format_bytes(needed_bytes)} of main memory, "
         f"{format_bytes(free_bytes)} are free"
@@ -178,9 +212,15 @@ def verify_merged(
         return Verification(is_verified=False, program=f"{too_large}; {error.message}")
     observe("Loading the merged model with eightgig's engine")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as prepared:
-        found = measure_merged(exported, plan, references.prompts, folder, Path(prepared))
-    stored = max(stored, found.precision, key=PRECISIONS.index)
-    return _compared("eightgig's engine", found.answers, stored, references)
+        scores, arithmetic = score_merged(
+            exported,
+            plan,
+            references.prompts,
+            references.closest.answers,
+            merged=folder,
+            folder=Path(prepared),
+        )
+    return _compared("eightgig's engine", scores, (stored, arithmetic), references)
 
 
 def verify_gguf(
@@ -201,13 +241,11 @@ def verify_gguf(
     prompts = references.prompts.ids
     context_tokens = max(map(len, prompts)) + NUM_ANSWER_TOKENS
     with LlamaCpp(path, context_tokens=context_tokens, lora=lora) as model:
-        _check_prompts(model, exported, prompts)
-        _check_stops(model, exported)
-        answers = [
-            model.ask(prompt, num_tokens=NUM_ANSWER_TOKENS, end_ids=references.prompts.end_ids)
-            for prompt in prompts
-        ]
-    return _compared("llama.cpp", answers, gguf_precision(kind), references)
+        check_prompts("llama.cpp", model.tokenize, exported, references.prompts)
+        check_stops(model, exported)
+        check_template("llama.cpp", model.chat_template, exported)
+        scores = [model.score(*pair) for pair in zip(prompts, references.answer_ids, strict=True)]
+    return _compared("llama.cpp", scores, (gguf_precision(kind),), references)
 
 
 def gguf_precision(kind: str) -> Precision:
@@ -224,6 +262,24 @@ def unverified_finding(verification: Verification) -> Finding:
         f"{verification.program}.",
         why="A file that was written without a fault may still be read otherwise.",
         fix="Ask it a few questions that `eightgig chat` answered before you rely on it.",
+    )
+
+
+def rounding_finding(verification: Verification) -> Finding | None:
+    """Says that rounding has taken a good part of what was trained; None if it has not."""
+    found, effect = verification.agreement, verification.effect
+    if found is None or effect is None:
+        return None
+    if found.divergence <= max(_SAID_SHARE * effect, tolerance_for("float32").divergence):
+        return None
+    return Finding(
+        severity="warning",
+        code="export.rounding",
+        message=f"The export differs from the trained model by {found.divergence:.2g} nats a "
+        f"token; training moved the same answers by {effect:.2g}.",
+        why="Its numbers are right to their last bit, but they have too few bits for so small a "
+        "change.",
+        fix="Choose a finer type (--type f16), or keep the adapter apart: --to adapter, gguf-lora.",
     )
 
 
@@ -292,23 +348,28 @@ def _recorded_loss(run: Run) -> float | None:
 
 
 def _compared(
-    program: str, answers: Sequence[Answer], stored: Precision, references: References
+    program: str,
+    scores: Sequence[NDArray[np.float32]],
+    precisions: tuple[Precision, ...],
+    references: References,
 ) -> Verification:
-    """The verification of `answers`.
+    """The verification of what a program finds likely at each place of the reference's answers.
 
     Raises:
         ExportError: They disagree.
     """
     reference = references.closest
-    tolerance = tolerance_for(stored, reference.precision)
-    agreement = compare_answers(reference.answers, answers, tolerance)
+    tolerance = tolerance_for(*precisions, reference.precision, effect=reference.effect)
+    agreement = compare_answers(reference.answers, scores, tolerance)
     if not agreement.is_within:
         raise ExportError(
             f"The export was deleted again: {program} answers otherwise than the trained model.",
-            why=f"{agreement.worst[:1].upper()}{agreement.worst[1:]}; {agreement.num_same_answers} "
-            f"of {agreement.num_prompts} answers are the same, the largest divergence is "
-            f"{agreement.divergence:.3g} nats where {tolerance.divergence:g} are allowed.",
-            fix="Please report this; --no-verify exports without the test.",
+            why=f"{agreement.worst[:1].upper()}{agreement.worst[1:]}, where "
+            f"{tolerance.divergence:g} are allowed ({tolerance.prompt_divergence:g} for a single "
+            f"answer); it would choose {agreement.num_same_tokens} of {agreement.num_tokens} "
+            f"tokens alike. The training itself moved them by {reference.effect:.3g}.",
+            fix="If its type is a coarse one, choose a finer one (--type f16) or keep the adapter "
+            "apart (--to adapter); else please report this. --no-verify exports without the test.",
         )
     exported = references.exported
     return Verification(
@@ -318,36 +379,7 @@ def _compared(
         prompts=references.prompts.source,
         agreement=agreement,
         tolerance=tolerance,
+        effect=reference.effect,
         trained_loss=references.trained.loss,
         exported_loss=None if exported is None else exported.loss,
     )
-
-
-def _check_prompts(model: LlamaCpp, tuned: TunedRun, prompts: Sequence[Sequence[int]]) -> None:
-    tokenizer = tuned.tokenizer
-    for number, prompt in enumerate(prompts, start=1):
-        text = str(tokenizer.decode(list(prompt), clean_up_tokenization_spaces=False))
-        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-        found = model.tokenize(text)
-        if found != expected:
-            place = next(
-                (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
-                min(len(expected), len(found)),
-            )
-            raise ExportError(
-                "The export was deleted again: llama.cpp cuts the prompts into other tokens.",
-                why=f"Prompt {number} differs from token {place + 1} on: "
-                f"{found[place : place + 3]} instead of {expected[place : place + 3]}.",
-                fix="Use --to merged, which keeps the tokenizer, and please report this.",
-            )
-
-
-def _check_stops(model: LlamaCpp, tuned: TunedRun) -> None:
-    unknown = sorted(token for token in tuned.stop_ids if not model.is_stop(token))
-    if unknown:
-        pieces = ", ".join(repr(tuned.tokenizer.convert_ids_to_tokens(t)) for t in unknown[:3])
-        raise ExportError(
-            f"The export was deleted again: llama.cpp does not stop at {pieces}.",
-            why="Answers would go on after their end.",
-            fix="Use --to merged, and please report this.",
-        )

@@ -219,9 +219,10 @@ def test_the_adapter_alone_holds_its_own_tensors_and_its_scale(tmp_path: Path) -
     spec = read_model_spec(base)
     lora = LoraConfig(r=4, lora_alpha=12, use_rslora=True)
     adapter = write_random_adapter(tmp_path / "adapter", spec, lora)
-    size_bytes, parts = gguf.adapter_parts(spec, adapter, name="tiny", observe=lambda _: None)
+    tensors = gguf.adapter_tensors(spec, adapter)
+    parts = gguf.adapter_parts(spec, lora, tensors, name="tiny", observe=lambda _: None)
     content = b"".join(bytes(part) for part in parts)
-    assert len(content) <= size_bytes
+    assert len(content) <= gguf.gguf_bytes(tensors)
     path = tmp_path / "lora.gguf"
     path.write_bytes(content)
     reader = library.GGUFReader(path)
@@ -230,10 +231,10 @@ def test_the_adapter_alone_holds_its_own_tensors_and_its_scale(tmp_path: Path) -
     assert found["adapter.type"] == "lora"
     # llama.cpp multiplies by alpha / rank.
     assert found["adapter.lora.alpha"] / 4 == pytest.approx(12 / 2)
-    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    assert len(tensors) == len(adapter.tensors)
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert len(stored) == len(adapter.tensors)
     np.testing.assert_array_equal(
-        tensors["blk.2.attn_k.weight.lora_b"],
+        stored["blk.2.attn_k.weight.lora_b"],
         adapter.tensors["layers.2.self_attn.k_proj.lora_B"].numpy(),
     )
 

@@ -17,7 +17,7 @@ from eightgig.data.tokenizer import load_tokenizer, stop_ids
 from eightgig.export.answers import log_softmax
 from eightgig.export.candidates import LlamaCpp
 from eightgig.export.folder import output_folder
-from eightgig.export.gguf import adapter_parts, gguf_tensors, model_parts
+from eightgig.export.gguf import adapter_parts, adapter_tensors, gguf_tensors, model_parts
 from eightgig.export.gguf_vocab import read_vocabulary
 from eightgig.export.source import TunedWeights
 from eightgig.models.checkpoint import read_model_spec
@@ -68,7 +68,7 @@ def make_base(family: str, folder: Path) -> Path:
 
 def ask(path: Path, *, lora: Path | None = None) -> np.ndarray:
     with LlamaCpp(path, context_tokens=len(IDS) + 1, lora=lora) as model:
-        return model.ask(IDS, num_tokens=1, end_ids=frozenset()).first
+        return model.ask(IDS, num_tokens=1, end_ids=frozenset()).log_probs[0]
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
@@ -93,7 +93,8 @@ def test_llama_cpp_puts_the_adapter_alone_on_a_gguf_of_the_base(
     lora = LoraConfig(r=4, lora_alpha=12, use_rslora=True)
     adapter = write_random_adapter(tmp_path / "adapter", spec, lora)
     plain = write_gguf(tmp_path / "gguf", base, AdapterFolder(lora=lora, tensors={}), "f32")
-    _, parts = adapter_parts(spec, adapter, name="tiny", observe=lambda _: None)
+    tensors = adapter_tensors(spec, adapter)
+    parts = adapter_parts(spec, adapter.lora, tensors, name="tiny", observe=lambda _: None)
     with output_folder(tmp_path / "lora", needed_bytes=0) as output:
         output.write("lora.gguf", parts)
     logits = peft_logits(family, base, tmp_path / "adapter", torch.tensor([IDS]))[0, -1]

@@ -277,8 +277,8 @@ def rounding_finding(verification: Verification) -> Finding | None:
         code="export.rounding",
         message=f"The export differs from the trained model by {found.divergence:.2g} nats a "
         f"token; training moved the same answers by {effect:.2g}.",
-        why="Its numbers are right to their last bit, but they have too few bits for so small a "
-        "change.",
+        why="Its numbers are right, but have too few bits for so small a change; or the model that "
+        "it is compared with was itself in 4 bit.",
         fix="Choose a finer type (--type f16), or keep the adapter apart: --to adapter, gguf-lora.",
     )
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,14 @@ _OPERATIONS = (
     "remove_folder",
 )  # fmt: skip
 KINDS = {"merged": ["--to", "merged"], "gguf": ["--to", "gguf", "--type", "q8_0"]}
+
+
+@pytest.fixture(autouse=True)
+def _listening() -> Iterator[None]:
+    """Take SIGINT, which a process that was started in the background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

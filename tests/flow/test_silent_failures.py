@@ -43,6 +43,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return jobs.make_base(tmp_path_factory.mktemp("models") / "model", FAMILY)
 
 
+@pytest.fixture(autouse=True)
+def _long_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a trial do all its steps on a busy machine, too, and check one gradient of each kind."""
+    monkeypatch.setattr(trial, "MIN_SECONDS", 60.0)
+    monkeypatch.setattr(trial, "_CHECKS_RATIO", 0.0)
+
+
 def _stopped_by(base: Path, folder: Path, *, rows: Any = None, **options: Any) -> str:
     """Code of what stops a training of a few steps."""
     layout = options.pop("plan", None)
@@ -126,7 +133,6 @@ def test_05_a_step_that_weighs_micro_batches_instead_of_tokens(
         return real(self, inputs, 2 * own, gradients)
 
     monkeypatch.setattr(Model, "gradients", mean_of_means)
-    monkeypatch.setattr(trial, "_CHECKS_RATIO", 0.0)
     assert _stopped_by(base, tmp_path, trial=True) == "trial.gradient"
 
 
@@ -157,7 +163,6 @@ def test_07_other_dropout_masks_in_the_recomputation(
             batch.row_keys = keys
 
     monkeypatch.setattr(DecoderLayer, "backward", masked_anew)
-    monkeypatch.setattr(trial, "_CHECKS_RATIO", 0.0)
     lora = {"lora_dropout": 0.2}
     assert _stopped_by(base, tmp_path, trial=True, lora=lora) == "trial.gradient"
 
@@ -227,7 +232,6 @@ def test_13_shared_keys_and_values_whose_gradients_are_lost(
         return (None, None) if self.spec.kv_source is not None else (grad_k, grad_v)
 
     monkeypatch.setattr(DecoderLayer, "_share_kv_grads", lost)
-    monkeypatch.setattr(trial, "_CHECKS_RATIO", 0.0)
     assert _stopped_by(shared, tmp_path / "runs", trial=True) == "trial.gradient"
 
 
@@ -340,7 +344,6 @@ def test_a_healthy_run_is_not_stopped(
 ) -> None:
     # All rows, and one tensor of each kind of layer, however slow the machine is.
     monkeypatch.setattr(trial, "MIN_SECONDS", 600.0)
-    monkeypatch.setattr(trial, "_CHECKS_RATIO", 0.0)
     model = base if family == FAMILY else jobs.make_base(tmp_path / "model", family)
     seen: list[object] = []
     config = jobs.make_config(model, tmp_path / "runs", trial=True, max_steps=8, **_HEALTHY[name])

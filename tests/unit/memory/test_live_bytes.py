@@ -178,6 +178,9 @@ class _Order:
     def wait_stream(self, _: Any) -> None:
         pass
 
+    def synchronize(self) -> None:
+        pass
+
 
 def _wait_on_host(live: LiveBytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the model keep its bundles as on a GPU."""

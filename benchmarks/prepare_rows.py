@@ -2,9 +2,9 @@
 
 `python benchmarks/prepare_rows.py --rows 1000000` writes so many conversations of 100 to 2,000
 tokens (evenly on a logarithmic scale), loads them twice, and prints one JSON line for
-benchmarks/data_results.jsonl: seconds, processor seconds and tokens of the first time, seconds of
-the second (from the cache), and the most anonymous memory that this process and its workers held
-together beyond what this process started with. Mapped token files are not counted: they are the
+benchmarks/data_results.jsonl: seconds and tokens of the first time, seconds of the second (from the
+cache), and the most anonymous memory that this process and its workers held together beyond what
+this process started with. Mapped token files are not counted: they are the
 page cache's. Linux alone says so much.
 
 Without `--model` a tokenizer as large as Gemma's is made first (`benchmarks/wide_tokenizer.py`).
@@ -100,7 +100,7 @@ def main() -> None:
         path = Path(folder) / "rows.jsonl"
         write_rows(path, options.rows, per_word)
         before = anonymous_bytes(os.getpid())
-        began, seconds, work = processor_seconds(), [], []
+        seconds = []
         with MemoryWatch() as watch:
             for _ in range(2):
                 start = time.monotonic()
@@ -108,7 +108,6 @@ def main() -> None:
                     DataConfig(path=str(path), held_out=0), tokenizer, cache_dir=Path(folder)
                 )
                 seconds.append(time.monotonic() - start)
-                work.append(processor_seconds() - began)
         summary = data.train.summary
         measured = {
             "what": "prepare",
@@ -118,7 +117,6 @@ def main() -> None:
             "longest_tokens": summary["longest_tokens"],
             "vocabulary": len(tokenizer),
             "seconds": round(seconds[0], 1),
-            "processor_seconds": round(work[0], 1),
             "cached_seconds": round(seconds[1], 1),
             "processes": watch.num_processes,
             "anonymous_peak_bytes": watch.peak_bytes - before,
@@ -135,12 +133,6 @@ def describe_machine(name: str | None) -> dict[str, object]:
         "versions": {library: version(library) for library in ("tokenizers", "transformers")},
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def processor_seconds() -> float:
-    """Processor time of this process and of those it started that have ended."""
-    times = psutil.Process().cpu_times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 if __name__ == "__main__":

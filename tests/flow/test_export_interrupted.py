@@ -77,6 +77,11 @@ class Interrupting:
         return counted
 
 
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Interrupting:
+    return Interrupting(monkeypatch)
+
+
 def export(run: Run, kind: str, *more: str) -> int:
     return main(["export", str(run.folder), *KINDS[kind], *more])
 
@@ -96,9 +101,8 @@ def check_whole(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_first_export_leaves_nothing(
-    run: Run, kind: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, kind: str, disk: Interrupting
 ) -> None:
-    disk = Interrupting(monkeypatch)
     assert export(run, kind, "--no-verify") == 0
     (folder,) = entries(run)
     total = disk.count
@@ -116,11 +120,9 @@ def test_an_interrupted_first_export_leaves_nothing(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_later_export_leaves_the_earlier_one_or_the_new_one(
-    run: Run, kind: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, kind: str, disk: Interrupting
 ) -> None:
-    disk = Interrupting(monkeypatch)
     assert export(run, kind, "--no-verify") == 0
-    disk.start(None)
     assert export(run, kind, "--no-verify") == 0
     (folder,) = entries(run)
     at = 1

@@ -144,9 +144,9 @@ def make_setting(folder: Path, *, model: str = "e2b", device: str = "cuda") -> S
     (case,) = make_cases(model, settings, [], timed_steps=1, stores=folder / "stores")
     spec, store = case_spec(case), prepare_random_store(case)
     config = read_config(None, case.settings)
+    rows = _rows(spec)
     for seed in itertools.count():
         config = replace(config, train=replace(config.train, seed=seed))
-        rows = _rows(spec)
         first = _first_long_step(config, rows)
         if first >= _FIRST_LONG_STEP:
             break

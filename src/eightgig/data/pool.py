@@ -128,7 +128,6 @@ class _Group:
 
     def close(self) -> None:
         """Wait for the end of stopped processes."""
-        self.stop()
         for worker in self.workers:
             worker.close()
         self._errors.close()

@@ -25,7 +25,6 @@ from eightgig.errors import ExportError
 from eightgig.export.gguf_file import GgufTensor, load_gguf
 from eightgig.export.source import TunedWeights
 from eightgig.models.spec import ModelSpec
-from eightgig.quant.source import CheckpointSource
 from eightgig.units import MIB
 
 # The largest error of rounding to nearest, as a share of the number: 2^-p with p bits of precision.
@@ -66,7 +65,6 @@ class DefinedWeights(TunedWeights):
 
     def __init__(self, spec: ModelSpec, folder: Path, adapter: AdapterFolder) -> None:
         super().__init__(spec, folder, adapter)
-        self._base = CheckpointSource(spec, folder)
         self._adapter = adapter
 
     def by_module(self) -> dict[str, Callable[[], Iterator[Tensor]]]:
@@ -79,7 +77,7 @@ class DefinedWeights(TunedWeights):
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The tuned tensor `name` in float32, consecutive rows at a time."""
-        numbers = self._base.numbers(name)
+        numbers = self._source.numbers(name)
         if numbers.dim() == 0:
             yield numbers.float()
             return

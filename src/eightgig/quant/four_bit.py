@@ -29,6 +29,7 @@ from eightgig.quant.nf4 import (
     NF4_CODE,
     NF4_TABLE,
     QuantizedTensor,
+    aligned_rows,
     code_table_tensors,
     dequantize,
     dtype_of,
@@ -76,8 +77,7 @@ class FourBitTensor:
         whole = math.lcm(2, quantized.block_size)
         if quantized.nested_absmax is not None:
             whole *= quantized.nested_block_size
-        unit = whole // math.gcd(whole, columns)
-        step = max(num_rows // unit, 1) * unit
+        step = aligned_rows(num_rows, columns, whole)
         for first_row in range(0, all_rows, step):
             last_row = min(first_row + step, all_rows)
             yield replace(self, quantized=self._rows(first_row, last_row))

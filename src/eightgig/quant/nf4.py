@@ -264,9 +264,13 @@ def _pair_table(code: Tensor) -> Tensor:
 def _rows_per_slice(tensor: StoredTensor, slice_size: int) -> int:
     """Rows of about `slice_size` values that begin at a block and at a whole byte."""
     num_columns = tensor.shape[1]
-    whole = math.lcm(2, tensor.block_size)
+    return aligned_rows(slice_size // num_columns, num_columns, math.lcm(2, tensor.block_size))
+
+
+def aligned_rows(num_rows: int, num_columns: int, whole: int) -> int:
+    """About `num_rows`, but a number of rows whose values are a multiple of `whole`."""
     unit = whole // math.gcd(whole, num_columns)
-    return max(slice_size // (unit * num_columns), 1) * unit
+    return max(num_rows // unit, 1) * unit
 
 
 def _view(blob: Tensor, offset_bytes: int, size_bytes: int, dtype: torch.dtype) -> Tensor:

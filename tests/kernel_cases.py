@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eightgig.ops import reference
-from eightgig.ops.reference import HeadLayout
+from eightgig.ops.reference import HeadLayout, Placed
 
 EPS = 1e-6
 
@@ -270,9 +270,53 @@ def check_dequantize(
     halves = torch.stack([codes >> 4, codes & 15], 1).view(-1).long()
     expected = code[halves] * maxima.repeat_interleave(64)[:count]
     out = inputs.spaced(rows, columns)
-    kernels.dequantize(
+    dequantize = kernels.dequantizer(
         codes, stored, scales, mean, 64, 256 if nested else 0, code,
         nested_code if nested else None, out=out,
     )  # fmt: skip
-    assert torch.equal(out, expected.view(rows, columns).to(inputs.dtype))
+    for _ in range(2):  # compiled, and launched again
+        out.zero_()
+        dequantize()
+        assert torch.equal(out, expected.view(rows, columns).to(inputs.dtype))
     assert between_rows(out).isnan().all()
+
+
+def check_placer(kernels: Any, inputs: Inputs, sizes: Sequence[tuple[int, int, int]]) -> None:
+    """Bit for bit; nothing beside the rectangles is touched, and what the source holds then counts.
+
+    Args:
+        kernels: Has the fast version.
+        inputs: Dtype and device.
+        sizes: Rows, columns and width of every rectangle.
+    """
+    gap = 8
+    pieces = []
+    source_size = target_size = 0
+    for number, (rows, columns, width) in enumerate(sizes):
+        pieces.append(
+            Placed(
+                source=source_size,
+                target=target_size + gap,
+                rows=rows,
+                columns=columns,
+                stride=columns + gap,
+                start=(columns - width) // 2,
+                width=width,
+                is_scaled=number % 2 == 1,
+            )
+        )
+        source_size += rows * width
+        target_size += gap + rows * (columns + gap)
+    source = inputs.normal(source_size)
+    before = torch.full((target_size,), float("nan"), device=inputs.device, dtype=inputs.dtype)
+    targets = [before.clone() for _ in "ab"]
+    place, expect = (
+        way.placer(source, target, pieces, 1.7)
+        for way, target in zip((kernels, reference), targets, strict=True)
+    )
+    for _ in range(2):
+        source.copy_(inputs.normal(source_size))
+        place()
+        expect()
+        assert torch.equal(*(target.nan_to_num(nan=1e4) for target in targets))
+    assert targets[0].isnan().sum() == gap * (len(sizes) + sum(rows for rows, _, _ in sizes))

@@ -18,6 +18,7 @@ from eightgig.ops import (  # noqa: E402 - they import Triton
     triton_dropout,
     triton_glu,
     triton_norm,
+    triton_place,
 )
 from eightgig.ops.choose import choose_ops  # noqa: E402
 from eightgig.ops.reference import HeadLayout  # noqa: E402
@@ -145,11 +146,16 @@ def test_dequantisation_has_the_bits_of_bitsandbytes(inputs) -> None:
     weight = inputs.normal(512, 1536)
     codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     out = inputs.spaced(512, 1536)
-    triton_dequant.dequantize(
+    triton_dequant.dequantizer(
         codes.view(-1), state.absmax, state.state2.absmax, float(state.offset), 64, 256,
         state.code, state.state2.code, out=out,
-    )  # fmt: skip
+    )()  # fmt: skip
     assert torch.equal(out, functional.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("sizes", [[(1, 8, 8)], [(48, 3840, 3840), (8192, 48, 16), (37, 48, 0)]])
+def test_matrices_come_to_their_places(inputs, sizes) -> None:
+    cases.check_placer(triton_place, inputs, sizes)
 
 
 def test_every_choice_has_a_reason_and_works(inputs) -> None:

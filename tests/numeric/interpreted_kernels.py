@@ -15,6 +15,7 @@ from eightgig.ops import (
     triton_dropout,
     triton_glu,
     triton_norm,
+    triton_place,
 )
 from eightgig.ops.reference import HeadLayout
 from eightgig.ops.triton_attention import AttentionTiles, Tile
@@ -92,3 +93,9 @@ def test_dropout_has_the_mask_of_the_definition() -> None:
 def test_dequantisation_is_exact(nested) -> None:
     for inputs in (SINGLE, HALF):
         cases.check_dequantize(triton_dequant, inputs, 37, 264, nested=nested)
+
+
+@pytest.mark.parametrize("sizes", [[(3, 40, 40)], [(16, 72, 72), (5, 48, 16), (7, 48, 0)]])
+def test_matrices_come_to_their_places(sizes) -> None:
+    for inputs in (SINGLE, HALF):
+        cases.check_placer(triton_place, inputs, sizes)

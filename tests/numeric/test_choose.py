@@ -15,7 +15,7 @@ def _probe(forward, backward=reference.attention_backward) -> str:
 def test_a_cpu_gets_the_plain_definitions_and_the_reason() -> None:
     ops, (choice,) = choose_ops(device="cpu", dtype=torch.float32, kernels="auto")
     assert ops.attention is reference.attention
-    assert ops.dequantize is None
+    assert ops.dequantizer is None
     assert (choice.name, choice.value) == ("kernels", "plain")
     assert "cpu" in choice.reason
 

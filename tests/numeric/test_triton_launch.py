@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.compiler import CompiledKernel
 
+from eightgig.ops import triton_jit
 from eightgig.ops.triton_jit import kernel
 
 MATRIX = torch.zeros(4, 16)
@@ -15,34 +16,69 @@ MATRIX = torch.zeros(4, 16)
 class _Compiled(CompiledKernel):
     """Stands for compiled code; it keeps what it was launched with."""
 
+    function, packed_metadata = "handle", "metadata"
+
     def __init__(self) -> None:
         self.launches: list[tuple[object, ...]] = []
+
+    @property
+    def run(self):
+        def launch(gridX, gridY, gridZ, stream, function, *rest):  # noqa: N803 - Triton's names
+            self.launches.append((gridX, gridY, gridZ, stream, function, *rest))
+
+        return launch
+
+
+class _Unknown(_Compiled):
+    """The same, of a Triton that is called in another way."""
+
+    @property
+    def run(self):
+        return lambda *arguments: None
 
     def __getitem__(self, grid):
         return lambda *arguments: self.launches.append((grid, *arguments))
 
 
+class _Driver:
+    """Stands for Triton's driver of a GPU."""
+
+    active = None  # set below
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return f"stream {device}"
+
+
+_Driver.active = _Driver()
+
+
 class _Compiler:
     """Stands for Triton; every launch through it makes new code."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[_Compiled]) -> None:
         self.made: list[_Compiled] = []
+        self._kind = kind
 
     def __getitem__(self, grid):
         def compile_and_run(*arguments, **options):
-            self.made.append(_Compiled())
+            self.made.append(self._kind())
             return self.made[-1]
 
         return compile_and_run
 
 
-@pytest.fixture
-def launched():
+@pytest.fixture(params=[_Compiled, _Unknown])
+def launched(request, monkeypatch):
+    monkeypatch.setattr(triton_jit, "driver", _Driver)
+
     @kernel(varying=("tokens",))
     def copy(source, weight, stride, tokens, WIDTH):  # noqa: N803 - a constant
         pass
 
-    copy.jit = _Compiler()
+    copy.jit = _Compiler(request.param)
     copy.launch((4, 1, 1), MATRIX, None, 16, 4, constants=(16,))
     return copy
 
@@ -51,7 +87,23 @@ def test_the_same_kinds_of_arguments_run_what_was_compiled(launched) -> None:
     other = torch.ones(4, 16)
     launched.launch((9, 1, 1), other, None, 16, 5, constants=(16,))
     (compiled,) = launched.jit.made
-    assert compiled.launches == [((9, 1, 1), other, None, 16, 5, 16)]
+    parameters = (other.data_ptr(), None, 16, 5, 16)
+    if isinstance(compiled, _Unknown):
+        assert compiled.launches == [((9, 1, 1), *parameters)]
+    else:
+        before = ("stream 0", "handle", "metadata", None, None, None)
+        assert compiled.launches == [(9, 1, 1, *before, *parameters)]
+
+
+def test_bound_arguments_are_launched_again_and_again(launched) -> None:
+    again = launched.bind((4, 1, 1), MATRIX.half(), None, 16, 4, constants=(16,))
+    again()
+    again()
+    again()
+    assert len(launched.jit.made) == 2
+    first, second = launched.jit.made
+    assert not first.launches
+    assert len(second.launches) == 2
 
 
 @pytest.mark.parametrize(

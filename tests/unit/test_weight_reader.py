@@ -18,14 +18,18 @@ from eightgig.quant.random_store import random_store
 from tests import tiny
 
 
-def _kernel(codes, absmax, nested_absmax, mean, block_size, nested_block_size, code, nested_code, *, out):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
-    """The contract of `ops.triton_dequant.dequantize`, without a GPU."""
+def _kernel(*arguments, out):  # type: ignore[no-untyped-def]
+    """The contract of `ops.triton_dequant.dequantizer`, without a GPU."""
+    return lambda: _dequantize(*arguments, out=out)
+
+
+def _dequantize(codes, absmax, nested_absmax, mean, block_size, nested_block_size, code, nested_code, *, out):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
     values = torch.stack([code[(codes >> 4).long()], code[(codes & 15).long()]], dim=1).flatten()
     if nested_absmax is not None:
         scales = nested_absmax.repeat_interleave(nested_block_size)[: len(absmax)]
         absmax = nested_code[absmax.long()] * scales + mean
     values = values * absmax.repeat_interleave(block_size)[: values.numel()]
-    return out.copy_(values[: out.numel()].view(out.shape))
+    out.copy_(values[: out.numel()].view(out.shape))
 
 
 @pytest.mark.parametrize("is_nested", [True, False])
@@ -48,7 +52,7 @@ def test_a_kernel_reads_the_weights_of_the_plain_definition(
         blob, stored = torch.cat([blob, spare]), replace(stored, tensors=tensors)
     plain, _ = choose_ops(device="cpu", dtype=torch.float32, kernels="plain")
     scratch = []
-    for ops in (plain, replace(plain, dequantize=_kernel)):
+    for ops in (plain, replace(plain, dequantizer=_kernel)):
         reader = WeightReader(
             [stored],
             [layer_groups(decoder, decoder.layers[0], None)],

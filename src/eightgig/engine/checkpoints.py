@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,11 +23,12 @@ from eightgig.streaming.meter import WaitMeter
 
 BundleKey = tuple[int, int]
 """Layer and micro-batch."""
-Forms = dict[str, tuple[torch.dtype, torch.Size]]
-"""Of the tensors of a bundle."""
+Forms = tuple[tuple[str, torch.dtype, torch.Size], ...]
+"""Names and forms of the tensors of a bundle."""
 
 _READS_AHEAD = BUNDLE_BUFFERS - 1
 _ALIGNMENT_BYTES = 256
+_MOST_PLACES = 256  # kept; packed micro-batches have many lengths
 _MOST_TENSORS = 8  # of a bundle: so often its bytes may be rounded up
 
 
@@ -104,6 +106,7 @@ class HostWaiting:
         self._out_stream = torch.cuda.Stream(device)
         self._in_stream = torch.cuda.Stream(device)
         self._buffers: list[Tensor] = []
+        self._places: dict[tuple[int, Forms], _Places] = {}
         self._turn = 0
         self._has_left: list[torch.cuda.Event | None] = []
 
@@ -113,21 +116,21 @@ class HostWaiting:
 
     def put(self, key: BundleKey, bundle: dict[str, Tensor]) -> None:
         """Gather the bundle in a buffer and start its copy to the host."""
-        forms = {name: (tensor.dtype, tensor.shape) for name, tensor in bundle.items()}
-        size_bytes = _bundle_bytes(forms)
-        self._have_buffers(size_bytes)
+        forms = tuple((name, tensor.dtype, tensor.shape) for name, tensor in bundle.items())
+        self._have_buffers(_bundle_bytes(forms))
         which = self._turn % len(self._buffers)
         self._turn += 1
         before = self._has_left[which]
         if before is not None:
             self._meter.wait(before.wait)
-        buffer = self._buffers[which][:size_bytes]
-        for name, part in _split(buffer, forms).items():
+        places = self._places_in(which, forms)
+        for name, part in places.tensors.items():
             part.copy_(bundle[name])
         self._out_stream.wait_stream(torch.cuda.current_stream(self._device))
         event = torch.cuda.Event()
         with torch.cuda.stream(self._out_stream):
-            self._host_run(key, size_bytes).copy_(buffer, non_blocking=True)
+            run = self._host_run(key, places.whole.numel())
+            run.copy_(places.whole, non_blocking=True)
             event.record(self._out_stream)
         self._has_left[which] = event
         self._forms[key] = forms
@@ -143,16 +146,16 @@ class HostWaiting:
 
         def start(number: int) -> None:
             which = number % len(self._buffers)
-            size_bytes = _bundle_bytes(forms[number])
-            buffer = self._buffers[which][:size_bytes]
+            places = self._places_in(which, forms[number])
             event = torch.cuda.Event()
             with torch.cuda.stream(self._in_stream):
                 before = free[which]
                 if before is not None:
                     self._in_stream.wait_event(before)
-                buffer.copy_(self._runs[keys[number]][:size_bytes], non_blocking=True)
+                run = self._host_run(keys[number], places.whole.numel())
+                places.whole.copy_(run, non_blocking=True)
                 event.record(self._in_stream)
-            arrived.append((_split(buffer, forms[number]), event))
+            arrived.append((places.tensors, event))
 
         for number in range(min(_READS_AHEAD, len(keys))):
             start(number)
@@ -177,6 +180,7 @@ class HostWaiting:
         self.clear()
         self._runs.clear()
         self._buffers, self._has_left = [], []
+        self._places.clear()
         self._arenas = PinnedArenas(is_pinned=True)
 
     def _host_run(self, key: BundleKey, size_bytes: int) -> Tensor:
@@ -186,7 +190,16 @@ class HostWaiting:
             run = self._arenas.take(size_bytes, expected_bytes=expected_bytes)
             self._runs[key] = run
             self._left_bytes -= size_bytes
-        return run[:size_bytes]
+        return run if run.numel() == size_bytes else run[:size_bytes]
+
+    def _places_in(self, which: int, forms: Forms) -> _Places:
+        """Where a bundle of `forms` lies in a buffer; made once, since buffers do not move."""
+        places = self._places.get((which, forms))
+        if places is None:
+            if len(self._places) >= _MOST_PLACES:
+                self._places.clear()
+            places = self._places[which, forms] = _split(self._buffers[which], forms)
+        return places
 
     def _have_buffers(self, size_bytes: int) -> None:
         if self._buffers and self._buffers[0].numel() >= size_bytes:
@@ -195,6 +208,7 @@ class HostWaiting:
             if event is not None:
                 event.wait()  # the compute stream alone reuses the memory that is given back
         self._buffers = []
+        self._places.clear()
         self._buffers = [
             torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
             for _ in range(BUNDLE_BUFFERS)
@@ -202,19 +216,27 @@ class HostWaiting:
         self._has_left = [None] * len(self._buffers)
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """A bundle in a buffer: all its bytes, and the tensors in them."""
+
+    whole: Tensor
+    tensors: dict[str, Tensor]
+
+
 def _bundle_bytes(forms: Forms) -> int:
-    return sum(_rounded(_size_bytes(*form)) for form in forms.values())
+    return sum(_rounded(_size_bytes(dtype, shape)) for _, dtype, shape in forms)
 
 
-def _split(buffer: Tensor, forms: Forms) -> dict[str, Tensor]:
-    """Places in `buffer` for tensors of `forms`."""
-    places = {}
+def _split(buffer: Tensor, forms: Forms) -> _Places:
+    """Places at the start of `buffer` for tensors of `forms`."""
+    tensors = {}
     start = 0
-    for name, (dtype, shape) in forms.items():
+    for name, dtype, shape in forms:
         size_bytes = _size_bytes(dtype, shape)
-        places[name] = buffer[start : start + size_bytes].view(dtype).view(shape)
+        tensors[name] = buffer[start : start + size_bytes].view(dtype).view(shape)
         start += _rounded(size_bytes)
-    return places
+    return _Places(buffer[:start], tensors)
 
 
 def _size_bytes(dtype: torch.dtype, shape: torch.Size) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eightgig.adapters.lora import GroupMasters
 from eightgig.engine.batch import MicroBatch
-from eightgig.engine.linear import Dropout, GroupWeight
+from eightgig.engine.linear import Dropout, GroupWeight, Widened
 from eightgig.models.spec import DecoderSpec, LayerSpec
 from eightgig.ops.choose import Ops
 from eightgig.ops.reference import HeadLayout
@@ -43,12 +43,12 @@ class LayerWeights:
 class AttentionSaved:
     """What the backward of the attention half needs, recomputed in the same visit."""
 
-    normed: Tensor
+    normed: Widened
     qkv: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    attended: Tensor
+    attended: Widened
     lse: Tensor
     projected: Tensor
 
@@ -57,9 +57,10 @@ class AttentionSaved:
 class MlpSaved:
     """What the backward of the MLP half needs, for one tile."""
 
-    normed: Tensor
-    gate_up: Tensor
-    product: Tensor
+    normed: Widened
+    gate: Tensor
+    up: Tensor
+    product: Widened
     projected: Tensor
     ple_input: Tensor | None = None
     ple_gate: Tensor | None = None
@@ -128,14 +129,14 @@ class DecoderLayer:
         """
         hidden, saved = self._attention_forward(weights, hidden, batch, attend, {})
         if kept is not None and "attention" in self._offload:
-            kept |= {"attention": saved.attended, "lse": saved.lse}
+            kept |= {"attention": saved.attended.whole, "lse": saved.lse}
         if kept is not None and "o_proj" in self._offload:
             kept["o_proj"] = saved.projected
         del saved
         tiles = self._tiles(batch)
         parts = []
         for number, tile in enumerate(tiles):
-            part, mlp_saved = self._mlp_forward(weights, hidden[tile], batch, tile, None)
+            part, mlp_saved = self._mlp_forward(weights, _part(hidden, tile), batch, tile, None)
             if kept is not None and "down_proj" in self._offload:
                 kept[f"down_proj.{number}"] = mlp_saved.projected
             del mlp_saved
@@ -167,7 +168,7 @@ class DecoderLayer:
             parts.append(
                 self._mlp_backward(
                     weights,
-                    (middle[tile], grad[tile], kept.get(f"down_proj.{number}")),
+                    (_part(middle, tile), _part(grad, tile), kept.get(f"down_proj.{number}")),
                     batch,
                     tile,
                     grads,
@@ -203,7 +204,7 @@ class DecoderLayer:
         qkv_weight, o_weight = weights.groups["qkv"], weights.groups["o"]
         cos, sin = batch.rotary[self.rotary_key]
         normed = qkv_weight.new_input(batch.num_tokens)
-        ops.rms_norm(hidden, dense["input_norm"], self._eps, out=normed[:, : hidden.shape[1]])
+        ops.rms_norm(hidden, dense["input_norm"], self._eps, out=normed.main)
         qkv = qkv_weight.forward(normed, dropout)
         if "qkv_bias" in dense:
             qkv += dense["qkv_bias"]
@@ -215,11 +216,10 @@ class DecoderLayer:
         elif self._is_shared and k is not None and v is not None:
             batch.shared_kv[self.spec.index] = (k, v)
         if "attention" in kept:
-            attended, lse = kept["attention"], kept["lse"]
+            attended, lse = o_weight.widened_input(kept["attention"]), kept["lse"]
         else:
             attended = o_weight.new_input(batch.num_tokens)
-            out = attended[:, : self.heads.query_size].view(q.shape)
-            lse = self._attend(q, k, v, out, batch, attend)
+            lse = self._attend(q, k, v, attended.main.view(q.shape), batch, attend)
         projected = kept.get("o_proj")
         if projected is None:
             projected = o_weight.forward(attended, dropout)
@@ -275,7 +275,7 @@ class DecoderLayer:
             saved.projected,
             dense.get("post_attention_norm"),
             self._eps,
-            out=grad_projected[:, : hidden.shape[1]],
+            out=grad_projected.main,
         )[0]
         grad_out = o_weight.backward(grad_projected, saved.attended, grads["o"], dropout)
         del grad_projected
@@ -284,7 +284,7 @@ class DecoderLayer:
             saved.q,
             saved.k,
             saved.v,
-            saved.attended[:, : self.heads.query_size].view(saved.q.shape),
+            saved.attended.main.view(saved.q.shape),
             saved.lse,
             batch.cu_seqlens,
             batch.max_length,
@@ -306,7 +306,7 @@ class DecoderLayer:
             cos,
             sin,
             self._eps,
-            out=grad_qkv[:, : self.heads.width],
+            out=grad_qkv.main,
         )
         grad_normed = qkv_weight.backward(grad_qkv, saved.normed, grads["qkv"], dropout)
         return ops.rms_norm_backward(
@@ -341,22 +341,16 @@ class DecoderLayer:
     ) -> tuple[Tensor, MlpSaved]:
         ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch, tile)
         gate_up_weight, down_weight = weights.groups["gate_up"], weights.groups["down"]
-        width = self.spec.intermediate_size
         normed = gate_up_weight.new_input(len(hidden))
-        ops.rms_norm(hidden, dense["pre_mlp_norm"], self._eps, out=normed[:, : hidden.shape[1]])
-        gate_up = gate_up_weight.forward(normed, dropout)
+        ops.rms_norm(hidden, dense["pre_mlp_norm"], self._eps, out=normed.main)
+        gate, up = gate_up_weight.forward(normed, dropout).chunk(2, 1)
         product = down_weight.new_input(len(hidden))
-        ops.glu(
-            gate_up[:, :width],
-            gate_up[:, width:],
-            self._decoder.activation,
-            out=product[:, :width],
-        )
+        ops.glu(gate, up, self._decoder.activation, out=product.main)
         if projected is None:
             projected = down_weight.forward(product, dropout)
         else:
             down_weight.complete_input(product, dropout)
-        saved = MlpSaved(normed=normed, gate_up=gate_up, product=product, projected=projected)
+        saved = MlpSaved(normed=normed, gate=gate, up=up, product=product, projected=projected)
         norm, scalar = dense.get("post_mlp_norm"), dense.get("layer_scalar")
         if batch.ple is None:
             return ops.residual_norm(hidden, projected, norm, self._eps, scalar=scalar), saved
@@ -383,7 +377,7 @@ class DecoderLayer:
         saved = self._mlp_forward(weights, hidden, batch, tile, kept)[1]
         ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch, tile)
         gate_up_weight, down_weight = weights.groups["gate_up"], weights.groups["down"]
-        width, scalar = self.spec.intermediate_size, dense.get("layer_scalar")
+        scalar = dense.get("layer_scalar")
         if saved.ple_gate is not None:
             grad = self._ple_backward(dense, grad, saved)
             scalar = None
@@ -394,18 +388,19 @@ class DecoderLayer:
             dense.get("post_mlp_norm"),
             self._eps,
             scalar=scalar,
-            out=grad_projected[:, : hidden.shape[1]],
+            out=grad_projected.main,
         )[0]
         grad_product = down_weight.backward(grad_projected, saved.product, grads["down"], dropout)
         del grad_projected
         grad_gate_up = gate_up_weight.new_grad(len(hidden))
+        out_gate, out_up = grad_gate_up.main.chunk(2, 1)
         ops.glu_backward(
-            saved.gate_up[:, :width],
-            saved.gate_up[:, width:],
+            saved.gate,
+            saved.up,
             grad_product,
             self._decoder.activation,
-            out_gate=grad_gate_up[:, :width],
-            out_up=grad_gate_up[:, width : 2 * width],
+            out_gate=out_gate,
+            out_up=out_up,
         )
         del grad_product
         grad_normed = gate_up_weight.backward(grad_gate_up, saved.normed, grads["gate_up"], dropout)
@@ -431,6 +426,11 @@ class DecoderLayer:
         )
         through_gate = torch.mm(grad_gate, dense["ple_gate"])
         return grad_residual + through_gate.to(grad_residual.dtype)
+
+
+def _part(tensor: Tensor, tile: slice) -> Tensor:
+    """The rows of a tile; without a view where that is all of them."""
+    return tensor if tile.stop - tile.start == len(tensor) else tensor[tile]
 
 
 def rotary_key(layer: LayerSpec) -> tuple[object, ...]:

@@ -44,8 +44,10 @@ class Gradients:
         self._views = [
             split_masters(run, groups) for run, groups in zip(self.sums, self.layers, strict=True)
         ]
+        self._lane_views: dict[tuple[int, int], Mapping[str, GroupMasters]] = {}
         self._is_empty = True
         self._norms = torch.zeros(len(sizes), device=device)
+        self._norm_places = self._norms.unbind()
         self._reader: Future[None] | None = None
 
     def begin_step(self) -> None:
@@ -76,13 +78,17 @@ class Gradients:
         if not self._is_empty and arrived is not None:
             arrived.wait()
             earlier = self.sums[layer]
-        return split_masters(self._lane.take(self.sums[layer].numel(), earlier), self.layers[layer])
+        run = self._lane.take(self.sums[layer].numel(), earlier)
+        key = (run.data_ptr(), layer)
+        if key not in self._lane_views:
+            self._lane_views[key] = split_masters(run, self.layers[layer])
+        return self._lane_views[key]
 
     def close(self, layer: int) -> None:
         """End the visit of `layer`: its sums start on their way to the optimizer."""
         run = self.sums[layer]
         run = run if self._lane is None else self._lane.current[: run.numel()]
-        self._norms[layer] = torch.linalg.vector_norm(run)
+        torch.linalg.vector_norm(run, out=self._norm_places[layer])
         if self._lane is not None:
             self._arrived[layer] = self._lane.send(self.sums[layer])
 

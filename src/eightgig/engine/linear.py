@@ -49,10 +49,26 @@ _MODULE_NUMBERS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Widened:
+    """X_aug or dY_aug.
+
+    Attributes:
+        whole: (N, size + R).
+        main: Its first columns, X or dY, (N, size).
+        extra: The others, (N, R).
+    """
+
+    whole: Tensor
+    main: Tensor
+    extra: Tensor
+
+
 class GroupWeight:
     """One group during a visit of its layer.
 
-    Attributes:
+    Every view is made here, once for all visits: making one takes as long as a small launch.
+
+    Args:
         group: Its linears.
         scratch: (out + R, in + R) in the compute dtype, laid out as above.
         a: The adapter's A, (R, in); None where nothing is adapted.
@@ -60,77 +76,98 @@ class GroupWeight:
         ops: Fast or plain operations.
     """
 
-    group: LinearGroup
-    scratch: Tensor
-    a: Tensor | None
-    scale: float
-    ops: Ops
+    def __init__(
+        self, group: LinearGroup, scratch: Tensor, a: Tensor | None, scale: float, ops: Ops
+    ) -> None:
+        self.group = group
+        self.scratch = scratch
+        self._a = a
+        self._scale = scale
+        self._ops = ops
+        in_size, out_size, rank_size = group.in_size, group.out_size, group.rank_size
+        self._in_sizes, self._out_sizes = (in_size, rank_size), (out_size, rank_size)
+        self._base = scratch[:out_size, :in_size]
+        self._with_b_t = scratch[:out_size].t()
+        self._b = scratch[:out_size, in_size:]
+        self._with_a = scratch[:, :in_size]
+        self._a_t = None if a is None else a.t()
+        self._linear_sizes = [linear.out_size for linear in group.linears]
+        ranks = [linear.rank for linear in group.linears]
+        self._rank_sizes = [*ranks, rank_size - sum(ranks)]  # the last is padding
 
-    def new_input(self, tokens: int) -> Tensor:
-        """An empty X_aug, (tokens, in + R)."""
-        return self.scratch.new_empty(tokens, self.group.in_size + self.group.rank_size)
+    def new_input(self, tokens: int) -> Widened:
+        """An empty X_aug of so many tokens."""
+        return self.widened_input(self.scratch.new_empty(tokens, sum(self._in_sizes)))
 
-    def new_grad(self, tokens: int) -> Tensor:
-        """An empty dY_aug, (tokens, out + R)."""
-        return self.scratch.new_empty(tokens, self.group.out_size + self.group.rank_size)
+    def new_grad(self, tokens: int) -> Widened:
+        """An empty dY_aug of so many tokens."""
+        whole = self.scratch.new_empty(tokens, sum(self._out_sizes))
+        return Widened(whole, *whole.split_with_sizes(self._out_sizes, 1))
 
-    def complete_input(self, x_aug: Tensor, dropout: Dropout | None) -> None:
-        """Set the last R columns of `x_aug` to X A^T, where there is an adapter."""
-        if self.a is None:
+    def widened_input(self, whole: Tensor) -> Widened:
+        """`whole` is an X_aug."""
+        return Widened(whole, *whole.split_with_sizes(self._in_sizes, 1))
+
+    def complete_input(self, x: Widened, dropout: Dropout | None) -> None:
+        """Set `extra` of `x` to X A^T, where there is an adapter."""
+        if self._a is None or self._a_t is None:
             return
-        x, xa = x_aug.split([self.group.in_size, self.group.rank_size], dim=1)
         if dropout is None:
-            torch.mm(x, self.a.t(), out=xa)
+            torch.mm(x.main, self._a_t, out=x.extra)
             return
-        xa.zero_()
+        x.extra.zero_()
         for linear in self.group.adapted:
-            dropped = self._drop(x, linear, dropout)
-            torch.mm(dropped, self.a[linear.rank_columns].t(), out=xa[:, linear.rank_columns])
+            dropped = self._drop(x.main, linear, dropout)
+            rows = self._a[linear.rank_columns]
+            torch.mm(dropped, rows.t(), out=x.extra[:, linear.rank_columns])
 
-    def forward(self, x_aug: Tensor, dropout: Dropout | None) -> Tensor:
-        """The outputs (N, out) of all linears; completes `x_aug` on the way."""
-        weight = self.scratch[: self.group.out_size]
-        if self.a is None:
-            in_size = self.group.in_size
-            return torch.mm(x_aug[:, :in_size], weight[:, :in_size].t())
-        self.complete_input(x_aug, dropout)
-        return torch.mm(x_aug, weight.t())
+    def forward(self, x: Widened, dropout: Dropout | None) -> Tensor:
+        """The outputs (N, out) of all linears; completes `x` on the way."""
+        if self._a is None:
+            return torch.mm(x.main, self._base.t())
+        self.complete_input(x, dropout)
+        return torch.mm(x.whole, self._with_b_t)
 
     def backward(
-        self, dy_aug: Tensor, x_aug: Tensor, grads: GroupMasters, dropout: Dropout | None
+        self, dy: Widened, x: Widened, grads: GroupMasters, dropout: Dropout | None
     ) -> Tensor:
         """Gradient of the inputs, (N, in); adds the adapter's gradients to `grads`.
 
         Args:
-            dy_aug: (N, out + R), the first columns filled.
-            x_aug: As `forward` left it.
+            dy: Gradient of the outputs; its `extra` is filled here.
+            x: As `forward` left it.
             grads: float32 sums of the layer's gradients.
             dropout: As in `forward`.
         """
-        group = self.group
-        if self.a is None:
-            weight = self.scratch[: group.out_size, : group.in_size]
-            return torch.mm(dy_aug[:, : group.out_size], weight)
-        x, xa = x_aug.split([group.in_size, group.rank_size], dim=1)
-        dy, dxa = dy_aug.split([group.out_size, group.rank_size], dim=1)
-        torch.mm(dy, self.scratch[: group.out_size, group.in_size :], out=dxa)
-        for linear in group.adapted:
-            target = grads.b[linear.name]
-            add_product(target, dy[:, linear.out_rows].t(), xa[:, linear.rank_columns], self.scale)
+        if self._a is None:
+            return torch.mm(dy.main, self._base)
+        torch.mm(dy.main, self._b, out=dy.extra)
+        self._add_b_gradients(dy, x, grads)
         if dropout is None:
-            add_product(grads.a, dxa.t(), x)
-            return torch.mm(dy_aug, self.scratch[:, : group.in_size])
-        dx = torch.mm(dy, self.scratch[: group.out_size, : group.in_size])
-        for linear in group.adapted:
-            dxa_linear = dxa[:, linear.rank_columns]
-            dropped = self._drop(x, linear, dropout)
-            add_product(grads.a[linear.rank_columns], dxa_linear.t(), dropped)
-            through = torch.mm(dxa_linear, self.a[linear.rank_columns])
+            add_product(grads.a, dy.extra.t(), x.main)
+            return torch.mm(dy.whole, self._with_a)
+        dx = torch.mm(dy.main, self._base)
+        for linear in self.group.adapted:
+            through_a = dy.extra[:, linear.rank_columns]
+            dropped = self._drop(x.main, linear, dropout)
+            add_product(grads.a[linear.rank_columns], through_a.t(), dropped)
+            through = torch.mm(through_a, self._a[linear.rank_columns])
             dx += self._drop(through, linear, dropout)
         return dx
 
+    def _add_b_gradients(self, dy: Widened, x: Widened, grads: GroupMasters) -> None:
+        linears = self.group.linears
+        if len(linears) == 1 and linears[0].rank == self.group.rank_size:
+            add_product(grads.b[linears[0].name], dy.main.t(), x.extra, self._scale)
+            return
+        outputs = dy.main.t().split_with_sizes(self._linear_sizes)
+        inputs = x.extra.split_with_sizes(self._rank_sizes, 1)
+        for linear, output, narrow in zip(linears, outputs, inputs, strict=False):
+            if linear.rank:
+                add_product(grads.b[linear.name], output, narrow, self._scale)
+
     def _drop(self, x: Tensor, linear: AdaptedLinear, dropout: Dropout) -> Tensor:
-        return self.ops.dropout(x, dropout.row_keys, dropout.module_key(linear.name), dropout.p)
+        return self._ops.dropout(x, dropout.row_keys, dropout.module_key(linear.name), dropout.p)
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:

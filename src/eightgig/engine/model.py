@@ -137,6 +137,7 @@ class Model:
         self._forward_visits = layer_visits + head_visits
         self._training_visits = self._forward_visits + layer_visits[::-1]
         self._current_visits: list[int] = []
+        self._adapter_parts: dict[tuple[int, int], Tensor] = {}
         self._waiting: Waiting = (
             HostWaiting(
                 self.device,
@@ -222,6 +223,7 @@ class Model:
         self.embedding.close()
         self._waiting.close()
         self.ring.close()
+        self._adapter_parts.clear()
         self._reader.close()
 
     def _group(
@@ -297,9 +299,14 @@ class Model:
         compute = self._adapter.compute[layer]
         if compute.device == self.device:
             return self._adapter.fresh_compute(layer)
-        start = self.ring.items[layer].changing_start_bytes
-        size_bytes = compute.numel() * compute.element_size()
-        return slot[start : start + size_bytes].view(compute.dtype)
+        key = (slot.data_ptr(), layer)
+        part = self._adapter_parts.get(key)
+        if part is None:
+            start = self.ring.items[layer].changing_start_bytes
+            size_bytes = compute.numel() * compute.element_size()
+            part = slot[start : start + size_bytes].view(compute.dtype)
+            self._adapter_parts[key] = part
+        return part
 
     def _normed(self, hidden: Tensor) -> Tensor:
         normed = torch.empty_like(hidden, dtype=self.dtype)

@@ -14,6 +14,7 @@ from eightgig.engine.decoder import LayerWeights
 from eightgig.engine.linear import GroupWeight
 from eightgig.models.spec import ATTENTION_LINEARS, MLP_LINEARS
 from eightgig.ops.choose import Ops
+from eightgig.ops.reference import Placed
 from eightgig.quant.manifest import StoredBlob, StoredTensor
 from eightgig.quant.nf4 import dense_view, dequantize
 
@@ -28,16 +29,13 @@ class _Opened:
 
     Attributes:
         weights: What the layer computes with.
-        readers: Each writes one linear into its rows of scratch.
-        blanks: Parts of scratch between the blocks of a B, to be zeroed.
-        copies: (target, source, factor): adapter parts into scratch, and dense tensors into the
-            compute dtype.
+        fill: Each writes a part of scratch: one linear, or the whole adapter.
+        copies: (target, source): dense tensors into the compute dtype.
     """
 
     weights: LayerWeights
-    readers: tuple[Callable[[], Tensor], ...]
-    blanks: tuple[Tensor, ...]
-    copies: tuple[tuple[Tensor, Tensor, float], ...]
+    fill: tuple[Callable[[], object], ...]
+    copies: tuple[tuple[Tensor, Tensor], ...]
 
 
 class WeightReader:
@@ -88,15 +86,10 @@ class WeightReader:
         opened = self._opened.get(key)
         if opened is None:
             opened = self._opened[key] = self._make(slot, layer, adapter)
-        for read in opened.readers:
-            read()
-        for blank in opened.blanks:
-            blank.zero_()
-        for target, source, factor in opened.copies:
-            if factor == 1.0:
-                target.copy_(source)
-            else:
-                torch.mul(source, factor, out=target)
+        for fill in opened.fill:
+            fill()
+        for target, source in opened.copies:
+            target.copy_(source)
         return opened.weights
 
     def close(self) -> None:
@@ -104,10 +97,10 @@ class WeightReader:
         self._opened.clear()
         self._scratch = self._scratch.new_empty(0)
 
-    def _reader(self, slot: Tensor, stored: StoredTensor, rows: Tensor) -> Callable[[], Tensor]:
+    def _reader(self, slot: Tensor, stored: StoredTensor, rows: Tensor) -> Callable[[], object]:
         """What dequantises one linear of `slot` into `rows`; its views are made only once."""
-        kernel = self._ops.dequantize
-        if kernel is None or stored.format == "dense":
+        make = self._ops.dequantizer
+        if make is None or stored.format == "dense":
             return partial(dequantize, slot, stored, self._code_tables, out=rows)
         codes = slot[stored.offset_bytes : stored.offset_bytes + stored.size_bytes]
         code = self._code_tables[stored.code_table]
@@ -115,12 +108,9 @@ class WeightReader:
         nested = stored.nested
         if nested is None:
             absmax = slot[start : start + 4 * count].view(torch.float32)
-            return partial(
-                kernel, codes, absmax, None, 0.0, stored.block_size, 0, code, None, out=rows
-            )
+            return make(codes, absmax, None, 0.0, stored.block_size, 0, code, None, out=rows)
         nested_bytes = slot[nested.offset_bytes : nested.offset_bytes + 4 * nested.count]
-        return partial(
-            kernel,
+        return make(
             codes,
             slot[start : start + count],
             nested_bytes.view(torch.float32),
@@ -136,42 +126,34 @@ class WeightReader:
         groups, stored = self._groups[layer], self._blobs[layer].tensors
         parts = split_masters(adapter, groups) if adapter is not None else {}
         weights: dict[str, GroupWeight] = {}
-        readers: list[Callable[[], Tensor]] = []
-        blanks: list[Tensor] = []
-        copies: list[tuple[Tensor, Tensor, float]] = []
-        start = 0
+        fill: list[Callable[[], object]] = []
+        pieces: list[Placed] = []
+        start = source = 0
         for group in groups:
             rows, columns = group.out_size + group.rank_size, group.in_size + group.rank_size
             scratch = self._scratch[start : start + rows * columns].view(rows, columns)
-            start += _rounded(rows * columns)
             targets = scratch[:, : group.in_size]
-            readers += [
+            fill += [
                 self._reader(slot, stored[linear.name], targets[linear.out_rows])
                 for linear in group.linears
             ]
-            a = None
-            if group.rank_size and adapter is not None:
-                a = parts[group.name].a
-                columns_of_b = scratch[: group.out_size, group.in_size :]
-                blanks.append(columns_of_b)
-                copies.append((scratch[group.out_size :, : group.in_size], a, 1.0))
-                for linear in group.adapted:
-                    block = columns_of_b[linear.out_rows, linear.rank_columns]
-                    copies.append((block, parts[group.name].b[linear.name], self._scale))
+            if group.rank_size:
+                pieces += _adapter_pieces(group, source, start)
+            source += group.master_size
+            start += _rounded(rows * columns)
+            a = parts[group.name].a if group.rank_size and adapter is not None else None
             weights[group.name] = GroupWeight(group, scratch, a, self._scale, self._ops)
+        if adapter is not None and pieces:
+            fill.append(self._ops.placer(adapter, self._scratch, pieces, self._scale))
+        copies: list[tuple[Tensor, Tensor]] = []
         dense = self._dense(slot, stored, copies)
-        return _Opened(
-            LayerWeights(groups=weights, dense=dense),
-            tuple(readers),
-            tuple(blanks),
-            tuple(copies),
-        )
+        return _Opened(LayerWeights(groups=weights, dense=dense), tuple(fill), tuple(copies))
 
     def _dense(
         self,
         slot: Tensor,
         stored: Mapping[str, StoredTensor],
-        copies: list[tuple[Tensor, Tensor, float]],
+        copies: list[tuple[Tensor, Tensor]],
     ) -> dict[str, Tensor]:
         """Norms as they are, in float32; what enters a GEMM in the compute dtype."""
         dense: dict[str, Tensor] = {}
@@ -181,7 +163,7 @@ class WeightReader:
             view = dense_view(slot, tensor)
             if name in _MATRICES and view.dtype != self._scratch.dtype:
                 dense[name] = torch.empty_like(view, dtype=self._scratch.dtype)
-                copies.append((dense[name], view, 1.0))
+                copies.append((dense[name], view))
             else:
                 dense[name] = view
         biases = [dense_view(slot, stored[name]) for name in _BIASES if name in stored]
@@ -189,8 +171,47 @@ class WeightReader:
             sizes = [len(bias) for bias in biases]
             dense["qkv_bias"] = self._scratch.new_empty(sum(sizes))
             targets = dense["qkv_bias"].split(sizes)
-            copies += [(*pair, 1.0) for pair in zip(targets, biases, strict=True)]
+            copies += zip(targets, biases, strict=True)
         return dense
+
+
+def _adapter_pieces(group: LinearGroup, source: int, start: int) -> list[Placed]:
+    """Where the parts of a group's adapter go: A below W, and beside each linear its s B.
+
+    Args:
+        group: With an adapter.
+        source: First element of its run in the layer's compute copy.
+        start: First element of its part of scratch.
+    """
+    stride = group.in_size + group.rank_size
+    pieces = [
+        Placed(
+            source=source,
+            target=start + group.out_size * stride,
+            rows=group.rank_size,
+            columns=group.in_size,
+            stride=stride,
+            start=0,
+            width=group.in_size,
+            is_scaled=False,
+        )
+    ]
+    source += group.rank_size * group.in_size
+    for linear in group.linears:
+        pieces.append(
+            Placed(
+                source=source,
+                target=start + linear.out_start * stride + group.in_size,
+                rows=linear.out_size,
+                columns=group.rank_size,
+                stride=stride,
+                start=linear.rank_start,
+                width=linear.rank,
+                is_scaled=True,
+            )
+        )
+        source += linear.out_size * linear.rank
+    return pieces
 
 
 def scratch_size(groups: Sequence[LinearGroup]) -> int:

@@ -28,7 +28,7 @@ class Ops:
     Attributes:
         attention, attention_backward: Belong together: what the first returns beside its output
             has a form that only the second needs to know.
-        dequantize: Of `ops.triton_dequant`; None where `quant.nf4.dequantize` has to do.
+        dequantizer: Of `ops.triton_dequant`; None where `quant.nf4.dequantize` has to do.
     """
 
     rms_norm: Callable[..., Tensor]
@@ -43,7 +43,8 @@ class Ops:
     attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     cross_entropy_chunk: Callable[..., Tensor | None]
     dropout: Callable[..., Tensor]
-    dequantize: Callable[..., Tensor] | None
+    dequantizer: Callable[..., Callable[[], None]] | None
+    placer: Callable[..., Callable[[], None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ _PLAIN = Ops(
     attention_backward=reference.attention_backward,
     cross_entropy_chunk=reference.cross_entropy_chunk,
     dropout=reference.dropout,
-    dequantize=None,
+    dequantizer=None,
+    placer=reference.placer,
 )
 
 
@@ -157,6 +159,7 @@ def _triton_ops(head_dims: Sequence[int]) -> Ops:
         triton_dropout,
         triton_glu,
         triton_norm,
+        triton_place,
     )
 
     ops = replace(
@@ -169,7 +172,8 @@ def _triton_ops(head_dims: Sequence[int]) -> Ops:
         glu_backward=triton_glu.glu_backward,
         cross_entropy_chunk=triton_cross_entropy.cross_entropy_chunk,
         dropout=triton_dropout.dropout,
-        dequantize=triton_dequant.dequantize,
+        dequantizer=triton_dequant.dequantizer,
+        placer=triton_place.placer,
     )
     if any(size & (size - 1) for size in head_dims):  # the kernel holds a head as a power of two
         return ops

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +55,28 @@ class HeadLayout:
     def width(self) -> int:
         """Columns in all."""
         return self.query_size + self.kv_size * (int(self.has_k) + int(self.has_v))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed:
+    """A matrix of one tensor, and the rectangle of another that it is copied into.
+
+    Attributes:
+        source, target: First element of the matrix and of the rectangle.
+        rows, columns: Of the rectangle.
+        stride: Elements from one of its rows to the next.
+        start, width: Columns of the rectangle that the matrix takes; the others become zero.
+        is_scaled: The matrix is multiplied by the scale.
+    """
+
+    source: int
+    target: int
+    rows: int
+    columns: int
+    stride: int
+    start: int
+    width: int
+    is_scaled: bool
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -454,3 +477,36 @@ def dropout(
     token = mix32(row_keys ^ module_key)[:, None]
     keeps = mix32(token ^ mix32(column)[None]) >= int(p * 2**32)
     return _store(hidden * keeps * (1 / (1 - p)), hidden.dtype, out)
+
+
+def placer(
+    source: Tensor, target: Tensor, pieces: Sequence[Placed], scale: float
+) -> Callable[[], None]:
+    """What copies all `pieces`, whenever it is called, from what `source` holds then.
+
+    Args:
+        source, target: Flat, of one dtype; they must not move.
+        pieces: What goes where.
+        scale: Multiplied in float32.
+    """
+    blanks = []
+    copies = []
+    for piece in pieces:
+        size = (piece.rows, piece.columns)
+        place = target.as_strided(size, (piece.stride, 1), target.storage_offset() + piece.target)
+        if piece.width < piece.columns:
+            blanks.append(place)
+        matrix = source[piece.source : piece.source + piece.rows * piece.width]
+        to = place[:, piece.start : piece.start + piece.width]
+        copies.append((to, matrix.view(piece.rows, piece.width), piece.is_scaled))
+
+    def place_all() -> None:
+        for blank in blanks:
+            blank.zero_()
+        for to, matrix, is_scaled in copies:
+            if is_scaled:
+                torch.mul(matrix, scale, out=to)
+            else:
+                to.copy_(matrix)
+
+    return place_all

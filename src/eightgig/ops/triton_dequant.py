@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import triton.language as tl
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def _dequantize(
     )
 
 
-def dequantize(
+def dequantizer(
     codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
@@ -57,16 +59,18 @@ def dequantize(
     code: Tensor,
     nested_code: Tensor | None,
     out: Tensor,
-) -> Tensor:
-    """`dequantize.dequantize`, the same bits; columns and block sizes are multiples of 8."""
+) -> Callable[[], None]:
+    """What does `quant.nf4.dequantize` whenever it is called, with the same bits.
+
+    Columns and block sizes are multiples of 8; no tensor may move.
+    """
     rows, columns = out.shape
     assert columns % 8 == 0, f"columns are a multiple of 8: {columns}"
     assert block_size % 8 == 0, f"blocks are a multiple of 8: {block_size}"
     groups = rows * columns // 8
     # Fused multiply-add would round once where bitsandbytes rounds twice.
-    _dequantize.launch(
+    return _dequantize.bind(
         (-(-groups // _GROUPS), 1, 1),
         codes, absmax, nested_absmax, mean, code, nested_code, out, groups, out.stride(0),
         constants=(columns // 8, block_size, nested_block_size, _GROUPS), enable_fp_fusion=False,
     )  # fmt: skip
-    return out

@@ -12,7 +12,13 @@ from typing import Any, cast
 
 import torch
 import triton
+from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+Grid = tuple[int, int, int]
+# How compiled code is called, in Triton 3.6 and 3.7: grid, stream, handle, and what hooks want.
+_RUN_PARAMETERS = ["gridX", "gridY", "gridZ", "stream", "function"]
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,41 +40,77 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any], varying: Sequence[str]) -> None:
         self.jit = triton.jit(function, do_not_specialize=list(varying))
-        names = inspect.signature(function).parameters
-        self._varying = frozenset(place for place, name in enumerate(names) if name in varying)
-        self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
+        self._varies = [name in varying for name in inspect.signature(function).parameters]
+        self._compiled: dict[tuple[object, ...], Callable[..., None]] = {}
 
     def launch(
-        self,
-        grid: tuple[int, int, int],
-        *arguments: Any,
-        constants: tuple[int, ...],
-        num_warps: int = 4,
-        num_stages: int = 1,
-        enable_fp_fusion: bool = True,
+        self, grid: Grid, *arguments: Any, constants: tuple[int, ...], **options: int
     ) -> None:
-        """Run on `grid`, with all parameters in their order."""
-        varying = self._varying
-        key = (
-            constants,
-            num_warps,
-            num_stages,
-            torch.cuda.current_device() if torch.cuda.is_initialized() else -1,
-            *[_kind(item) for place, item in enumerate(arguments) if place not in varying],
-        )
+        """Run on `grid`, with all parameters in their order.
+
+        Args:
+            grid: Programs.
+            arguments: Parameters that are no constants.
+            constants: The others.
+            options: `num_warps`, `num_stages` and `enable_fp_fusion`, where they are not 4, 1, 1.
+        """
+        key, passed = self._read(arguments, constants, options)
         compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments, *constants)
-            return
-        compiled = self.jit[grid](
-            *arguments,
-            *constants,
-            num_warps=num_warps,
-            num_stages=num_stages,
-            enable_fp_fusion=enable_fp_fusion,
-        )
+        if compiled is None:
+            self._compile(key, grid, (*arguments, *constants), options)
+        else:
+            compiled(*grid, *passed, *constants)
+
+    def bind(
+        self, grid: Grid, *arguments: Any, constants: tuple[int, ...], **options: int
+    ) -> Callable[[], None]:
+        """What launches with just these arguments, read once: for tensors that stay in place."""
+        key, passed = self._read(arguments, constants, options)
+
+        def launch() -> None:
+            compiled = self._compiled.get(key)
+            if compiled is None:
+                self._compile(key, grid, (*arguments, *constants), options)
+            else:
+                compiled(*grid, *passed, *constants)
+
+        return launch
+
+    def _read(
+        self, arguments: Sequence[Any], constants: tuple[int, ...], options: dict[str, int]
+    ) -> tuple[tuple[object, ...], list[Any]]:
+        """What compiled code depends on, and the arguments with addresses in place of tensors.
+
+        Triton assumes aligned addresses, so whether they are is among the former.
+        """
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+        key: list[object] = [constants, device, *options.values()]
+        passed: list[Any] = []
+        for argument, varies in zip(arguments, self._varies, strict=False):
+            if isinstance(argument, Tensor):
+                address = argument.data_ptr()
+                key += (argument.dtype, address & 15)
+                passed.append(address)
+                continue
+            if isinstance(argument, int) or argument is None:
+                if not varies:
+                    key.append(argument)
+            elif not varies:  # a descriptor of tiles, whose shape is among the constants
+                key += (type(argument), argument.base.dtype)
+            passed.append(argument)
+        return tuple(key), passed
+
+    def _compile(
+        self,
+        key: tuple[object, ...],
+        grid: Grid,
+        parameters: tuple[Any, ...],
+        options: dict[str, int],
+    ) -> None:
+        """Run through Triton, which compiles, and keep what it made."""
+        compiled = self.jit[grid](*parameters, **{"num_warps": 4, "num_stages": 1, **options})
         if isinstance(compiled, CompiledKernel):  # the interpreter returns nothing
-            self._compiled[key] = compiled
+            self._compiled[key] = _launcher(compiled)
 
 
 def kernel(*, varying: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Kernel]:
@@ -85,11 +127,18 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _kind(argument: Any) -> object:
-    """What of an argument the compiled code depends on: Triton assumes aligned addresses."""
-    kind = type(argument)
-    if kind is int or argument is None:
-        return argument
-    if kind is not torch.Tensor and hasattr(argument, "block_shape"):
-        return argument.base.dtype  # a descriptor of tiles, whose shape is among the constants
-    return argument.dtype, argument.data_ptr() & 15
+def _launcher(compiled: CompiledKernel) -> Callable[..., None]:
+    """Runs compiled code, called with three numbers of the grid and all parameters.
+
+    Where Triton's inner call is the known one it is called at once, without hooks.
+    """
+    run = compiled.run
+    if list(inspect.signature(run).parameters)[: len(_RUN_PARAMETERS)] != _RUN_PARAMETERS:
+        return lambda x, y, z, *parameters: compiled[x, y, z](*parameters)
+    function, metadata = compiled.function, compiled.packed_metadata
+    stream_of, device = driver.active.get_current_stream, driver.active.get_current_device()
+
+    def launch(x: int, y: int, z: int, *parameters: Any) -> None:
+        run(x, y, z, stream_of(device), function, metadata, None, None, None, *parameters)
+
+    return launch

@@ -231,9 +231,11 @@ def run(
     return Ended(losses=losses, seconds=seconds, rungs=rungs, error=error)
 
 
-def lowest(plan: Plan) -> Plan:
-    """The bottom of the ladder."""
-    while (lower := next_rung(plan)) is not None:
+def lowered(plan: Plan, rungs: int) -> Plan:
+    """The layout so many rungs further down."""
+    for _ in range(rungs):
+        lower = next_rung(plan)
+        assert lower is not None, f"the ladder of {plan} has fewer than {rungs} rungs"
         plan = lower[0]
     return plan
 
@@ -254,25 +256,29 @@ def trials(
 ) -> Iterator[dict[str, Any]]:
     """Undisturbed runs, then struck ones, each of which yields a row; see the module."""
     undisturbed = [run(setting, f"alone-{number}") for number in range(2)]
-    undisturbed.append(run(setting, "alone-lowest", plan=lowest(setting.plan)))
-    noise = noise_of(undisturbed)
+    noises: dict[int, float] = {}
     span_seconds = undisturbed[1].seconds[setting.first_long_step - 2]
     rng = random.Random(seed)
     for number in range(count):
         delay, left_bytes = rng.uniform(0, 0.9 * span_seconds), rng.randrange(8, 128) * _MIB
         ended = run(setting, f"struck-{number}", strike=(neighbour, delay, left_bytes))
         neighbour.take(_NOTHING)
+        rungs = len(ended.rungs)
+        if rungs not in noises:
+            # All the way where the struck run came to: rounding differs from layout to layout.
+            below = run(setting, f"alone-{rungs}-down", plan=lowered(setting.plan, rungs))
+            noises[rungs] = noise_of([*undisturbed, below])
         is_whole = not ended.error and len(ended.losses) == STEPS
         apart = difference(ended, undisturbed[0]) if is_whole else None
         yield {
             "struck_after_seconds": delay,
             "left_bytes": left_bytes,
-            "out_of_memory": len(ended.rungs),
+            "out_of_memory": rungs,
             "given_up": [_given_up(rung) for rung in ended.rungs],
             "largest_difference": apart,
-            "noise": noise,
+            "noise": noises[rungs],
             "error": ended.error,
-            "passed": apart is not None and apart <= max(_NOISE_FACTOR * noise, 1e-6),
+            "passed": apart is not None and apart <= max(_NOISE_FACTOR * noises[rungs], 1e-6),
             "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
             "versions": library_versions(),
             "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),

@@ -148,6 +148,22 @@ def check_norms(kernels: Any, inputs: Inputs, tokens: int, columns: int, extra: 
     expected = kernels.rms_norm(hidden, weight, EPS)
     assert kernels.rms_norm(hidden, weight, EPS, out=out) is out
     assert torch.equal(out, expected)
+    expected = kernels.residual_norm(other, hidden, weight, EPS, scalar=scalar)
+    assert kernels.residual_norm(other, hidden, weight, EPS, scalar=scalar, out=out) is out
+    assert torch.equal(out, expected)
+    expected = kernels.rms_norm_backward(grad, hidden, weight, EPS, add=other)
+    assert kernels.rms_norm_backward(grad, hidden, weight, EPS, add=other, out=out) is out
+    assert torch.equal(out, expected)
+    # The result may take the place of an input.
+    own = hidden.clone()
+    assert torch.equal(
+        kernels.rms_norm_backward(grad, own, weight, EPS, add=other, out=own), expected
+    )
+    expected = kernels.residual_norm(other, hidden, weight, EPS, scalar=scalar)
+    own = other.clone()
+    assert torch.equal(
+        kernels.residual_norm(own, hidden, weight, EPS, scalar=scalar, out=own), expected
+    )
     _, written = kernels.residual_norm_backward(grad, hidden, weight, EPS, scalar=scalar, out=out)
     assert written is out
     assert between_rows(out).isnan().all()

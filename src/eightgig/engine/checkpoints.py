@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from eightgig.memory.estimate import BUNDLE_BUFFERS
 from eightgig.streaming.host import PinnedArenas
 from eightgig.streaming.meter import WaitMeter
+from eightgig.streaming.side import SideStream
 
 BundleKey = tuple[int, int]
 """Layer and micro-batch."""
@@ -103,8 +105,8 @@ class HostWaiting:
         self._buffer_bytes = buffer_bytes + _MOST_TENSORS * _ALIGNMENT_BYTES
         self._runs: dict[BundleKey, Tensor] = {}
         self._forms: dict[BundleKey, Forms] = {}
-        self._out_stream = torch.cuda.Stream(device)
-        self._in_stream = torch.cuda.Stream(device)
+        self._out = SideStream(device)
+        self._in = SideStream(device)
         self._buffers: list[Tensor] = []
         self._places: dict[tuple[int, Forms], _Places] = {}
         self._turn = 0
@@ -122,17 +124,15 @@ class HostWaiting:
         self._turn += 1
         before = self._has_left[which]
         if before is not None:
-            self._meter.wait(before.wait)
+            self._meter.wait(partial(before.wait, self._out.compute))
         places = self._places_in(which, forms)
         for name, part in places.tensors.items():
             part.copy_(bundle[name])
-        self._out_stream.wait_stream(torch.cuda.current_stream(self._device))
-        event = torch.cuda.Event()
-        with torch.cuda.stream(self._out_stream):
-            run = self._host_run(key, places.whole.numel())
+        run = self._host_run(key, places.whole.numel())
+        self._out.follow()
+        with self._out:
             run.copy_(places.whole, non_blocking=True)
-            event.record(self._out_stream)
-        self._has_left[which] = event
+            self._has_left[which] = self._out.mark()
         self._forms[key] = forms
 
     def read(self, keys: Sequence[BundleKey]) -> Iterator[dict[str, Tensor]]:
@@ -141,31 +141,27 @@ class HostWaiting:
         self._have_buffers(max(map(_bundle_bytes, forms)))
         free: list[torch.cuda.Event | None] = [None] * len(self._buffers)
         arrived: deque[tuple[dict[str, Tensor], torch.cuda.Event]] = deque()
-        self._in_stream.wait_stream(self._out_stream)
-        self._in_stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._in.stream.wait_stream(self._out.stream)
+        self._in.follow()
 
         def start(number: int) -> None:
             which = number % len(self._buffers)
             places = self._places_in(which, forms[number])
-            event = torch.cuda.Event()
-            with torch.cuda.stream(self._in_stream):
-                before = free[which]
-                if before is not None:
-                    self._in_stream.wait_event(before)
-                run = self._host_run(keys[number], places.whole.numel())
+            run = self._host_run(keys[number], places.whole.numel())
+            before = free[which]
+            if before is not None:
+                before.wait(self._in.stream)
+            with self._in:
                 places.whole.copy_(run, non_blocking=True)
-                event.record(self._in_stream)
-            arrived.append((places.tensors, event))
+                arrived.append((places.tensors, self._in.mark()))
 
         for number in range(min(_READS_AHEAD, len(keys))):
             start(number)
         for number in range(len(keys)):
             targets, event = arrived.popleft()
-            self._meter.wait(event.wait)
+            self._meter.wait(partial(event.wait, self._in.compute))
             yield targets
-            done = torch.cuda.Event()
-            done.record()
-            free[number % len(self._buffers)] = done
+            free[number % len(self._buffers)] = self._in.mark_compute()
             if number + _READS_AHEAD < len(keys):
                 start(number + _READS_AHEAD)
 
@@ -175,8 +171,8 @@ class HostWaiting:
 
     def close(self) -> None:
         """Wait for copies that nobody waits for any more, and give the memory back."""
-        for stream in (self._out_stream, self._in_stream):
-            stream.synchronize()
+        for side in (self._out, self._in):
+            side.stream.synchronize()
         self.clear()
         self._runs.clear()
         self._buffers, self._has_left = [], []

@@ -133,15 +133,14 @@ class DecoderLayer:
         if kept is not None and "o_proj" in self._offload:
             kept["o_proj"] = saved.projected
         del saved
-        tiles = self._tiles(batch)
-        parts = []
-        for number, tile in enumerate(tiles):
-            part, mlp_saved = self._mlp_forward(weights, _part(hidden, tile), batch, tile, None)
+        for number, tile in enumerate(self._tiles(batch)):
+            part = _part(hidden, tile)
+            mlp_saved, residual = self._mlp_forward(weights, part, batch, tile, None)
             if kept is not None and "down_proj" in self._offload:
                 kept[f"down_proj.{number}"] = mlp_saved.projected
-            del mlp_saved
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            self._mlp_out(weights.dense, mlp_saved, residual, out=part)
+            del mlp_saved, residual
+        return hidden
 
     def backward(
         self,
@@ -163,20 +162,15 @@ class DecoderLayer:
             kept: What `forward` kept.
         """
         middle, saved = self._attention_forward(weights, hidden, batch, None, kept)
-        parts = []
         for number, tile in enumerate(self._tiles(batch)):
-            parts.append(
-                self._mlp_backward(
-                    weights,
-                    (_part(middle, tile), _part(grad, tile), kept.get(f"down_proj.{number}")),
-                    batch,
-                    tile,
-                    grads,
-                )
+            self._mlp_backward(
+                weights,
+                (_part(middle, tile), _part(grad, tile), kept.get(f"down_proj.{number}")),
+                batch,
+                tile,
+                grads,
             )
-        grad_middle = parts[0] if len(parts) == 1 else torch.cat(parts)
-        del middle, parts
-        return self._attention_backward(weights, hidden, grad_middle, batch, saved, grads)
+        return self._attention_backward(weights, hidden, middle, batch, saved, grads)
 
     def _tiles(self, batch: MicroBatch) -> list[slice]:
         """The tokens in tiles of equal size, as near to the planned one as that allows."""
@@ -338,7 +332,8 @@ class DecoderLayer:
         batch: MicroBatch,
         tile: slice,
         projected: Tensor | None,
-    ) -> tuple[Tensor, MlpSaved]:
+    ) -> tuple[MlpSaved, Tensor]:
+        """What the MLP half makes of one tile, and what `_mlp_out` adds the last of it to."""
         ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch, tile)
         gate_up_weight, down_weight = weights.groups["gate_up"], weights.groups["down"]
         normed = gate_up_weight.new_input(len(hidden))
@@ -351,18 +346,24 @@ class DecoderLayer:
         else:
             down_weight.complete_input(product, dropout)
         saved = MlpSaved(normed=normed, gate=gate, up=up, product=product, projected=projected)
-        norm, scalar = dense.get("post_mlp_norm"), dense.get("layer_scalar")
         if batch.ple is None:
-            return ops.residual_norm(hidden, projected, norm, self._eps, scalar=scalar), saved
-        middle = ops.residual_norm(hidden, projected, norm, self._eps)
+            return saved, hidden
+        middle = ops.residual_norm(hidden, projected, dense.get("post_mlp_norm"), self._eps)
         saved.ple_input = batch.ple[tile, self.spec.index]
         saved.ple_gate = torch.mm(middle.to(projected.dtype), dense["ple_gate"].t())
         saved.ple_product = ops.glu(saved.ple_gate, saved.ple_input, self._decoder.activation)
         saved.ple_projected = torch.mm(saved.ple_product, dense["ple_projection"].t())
-        out = ops.residual_norm(
-            middle, saved.ple_projected, dense["ple_norm"], self._eps, scalar=scalar
-        )
-        return out, saved
+        return saved, middle
+
+    def _mlp_out(
+        self, dense: Mapping[str, Tensor], saved: MlpSaved, residual: Tensor, *, out: Tensor
+    ) -> None:
+        """Write the layer's output for one tile; a backward pass does not need it."""
+        branch, norm = saved.projected, dense.get("post_mlp_norm")
+        if saved.ple_projected is not None:
+            branch, norm = saved.ple_projected, dense["ple_norm"]
+        scalar = dense.get("layer_scalar")
+        self._ops.residual_norm(residual, branch, norm, self._eps, scalar=scalar, out=out)
 
     def _mlp_backward(
         self,
@@ -371,10 +372,18 @@ class DecoderLayer:
         batch: MicroBatch,
         tile: slice,
         grads: Mapping[str, GroupMasters],
-    ) -> Tensor:
-        """Gradient of the MLP half's input for one tile of (input, gradient, kept output)."""
+    ) -> None:
+        """Put the gradient of the MLP half's input in its place.
+
+        Args:
+            weights: Of this visit.
+            step: Input, gradient of the output, and kept output of one tile.
+            batch: The micro-batch.
+            tile: Its tokens.
+            grads: float32 sums of the adapter's gradients, by group; added to.
+        """
         hidden, grad, kept = step
-        saved = self._mlp_forward(weights, hidden, batch, tile, kept)[1]
+        saved = self._mlp_forward(weights, hidden, batch, tile, kept)[0]
         ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch, tile)
         gate_up_weight, down_weight = weights.groups["gate_up"], weights.groups["down"]
         scalar = dense.get("layer_scalar")
@@ -404,8 +413,8 @@ class DecoderLayer:
         )
         del grad_product
         grad_normed = gate_up_weight.backward(grad_gate_up, saved.normed, grads["gate_up"], dropout)
-        return ops.rms_norm_backward(
-            grad_normed, hidden, dense["pre_mlp_norm"], self._eps, add=grad_residual
+        ops.rms_norm_backward(
+            grad_normed, hidden, dense["pre_mlp_norm"], self._eps, add=grad_residual, out=hidden
         )
 
     def _ple_backward(self, dense: Mapping[str, Tensor], grad: Tensor, saved: MlpSaved) -> Tensor:

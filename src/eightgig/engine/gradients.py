@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eightgig.adapters.lora import GroupMasters, LinearGroup, split_masters
+from eightgig.streaming.side import SideStream
 
 
 class Gradients:
@@ -112,8 +113,7 @@ class _CopyLane:
     def __init__(self, device: torch.device, size: int) -> None:
         self._buffers = [torch.zeros(size, device=device) for _ in "ab"]
         self._sent: list[torch.cuda.Event | None] = [None, None]
-        self._stream = torch.cuda.Stream(device)
-        self._device = device
+        self._side = SideStream(device)
         self._current = 0
 
     @property
@@ -124,19 +124,18 @@ class _CopyLane:
     def take(self, size: int, earlier: Tensor | None) -> Tensor:
         sent = self._sent[self._current]
         if sent is not None:
-            sent.wait()
+            sent.wait(self._side.compute)
         run = self.current[:size]
         if earlier is None:
             return run.zero_()
         return run.copy_(earlier, non_blocking=True)
 
     def send(self, target: Tensor) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._side.follow()
+        with self._side:
             source = self.current[: target.numel()]
             target.copy_(source, non_blocking=True)
-            event.record(self._stream)
+            event = self._side.mark()
         self._sent[self._current] = event
         self._current = 1 - self._current
         return event

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +28,8 @@ _CPU_GEMM = (512, 1536, 4096)
 _COPY_BYTES = 128 * MIB
 # Under load a card's clock comes down to what its power limit allows: what is timed comes after.
 _WARM_UP_SECONDS = 0.7
-_LAUNCHES = 500
+_LAUNCHES, _LAUNCH_TRIES = 150, 24
+_LAUNCH_SIZE, _LAUNCH_EXTRA = 64, 16
 _TRIES = 8
 _PIN_STEP_BYTES = 256 * MIB
 _PIN_PROBE_BYTES = 1024 * MIB
@@ -53,8 +55,9 @@ def measure_rates(
         return _cpu_rates()
     import torch
 
-    launching = _launch_seconds()
-    gemm = _gpu_gemm_seconds(getattr(torch, compute_dtype))
+    dtype = getattr(torch, compute_dtype)
+    launching = _launch_seconds(dtype)
+    gemm = _gpu_gemm_seconds(dtype)
     passing, to_device, to_host, both = _gpu_copy_seconds()
     torch.cuda.empty_cache()
     tokens, inner, outer = _GPU_GEMM
@@ -90,19 +93,28 @@ def _gpu_gemm_seconds(dtype: torch.dtype) -> float:
     return _gpu_seconds(multiply)
 
 
-def _launch_seconds() -> float:
-    """Python's time for one small operation, while the device keeps up."""
+def _launch_seconds(dtype: torch.dtype) -> float:
+    """Python's time for one small operation, in a mixture like that of a layer's visit.
+
+    The device keeps up: no more is queued at a time than it takes without making the thread wait.
+    """
     import torch
 
-    numbers = torch.zeros(8, device="cuda")
+    left = torch.zeros(_LAUNCH_SIZE, _LAUNCH_SIZE, device="cuda", dtype=dtype)
+    right, narrow = torch.zeros_like(left), torch.zeros_like(left)[:, :_LAUNCH_EXTRA]
+    sizes = (_LAUNCH_SIZE, _LAUNCH_EXTRA)
     times = []
-    for _ in range(_TRIES):
+    for _ in range(_LAUNCH_TRIES):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(_LAUNCHES):
-            numbers.add_(1.0)
+        for _ in range(_LAUNCHES // 3):
+            whole = left.new_empty(_LAUNCH_SIZE, sum(sizes))
+            main, extra = whole.split_with_sizes(sizes, 1)
+            torch.mm(left, right, out=main)
+            torch.mm(main, narrow, out=extra)
+            torch.add(main, left, out=main)
         times.append((time.perf_counter() - start) / _LAUNCHES)
-    return min(times)
+    return statistics.median(times)
 
 
 def _cpu_rates() -> Rates:

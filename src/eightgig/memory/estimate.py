@@ -348,30 +348,27 @@ def attention_workspace_bytes(work: Workload, layer: LayerSize, layout: Layout) 
 
 
 def mlp_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
-    """The backward visit's MLP half: what attention keeps, its output D, and the worse of
+    """The backward visit's MLP half: what attention keeps, its output D, and a tile.
 
-    - the last tile, beside the results of those before it; and
-    - the results of all tiles, joined: 2 D.
-
-    The incoming gradient is one of the visit's hidden states.
+    The incoming gradient is one of the visit's hidden states; the result takes the place of
+    attention's output.
     """
     stream = work.decoder.hidden_size * work.stream_bytes
-    tokens, tile = layout.micro_batch_tokens, layout.mlp_tile_size
     _, backward = mlp_tile_bytes(work, layer, layout)
     saved = attention_saved_bytes(work, layer, layout)
     saved -= attention_reread_bytes(work, layer, layout)
-    worst = max((tokens - tile) * stream + backward, 2 * tokens * stream)
-    return saved + tokens * stream + worst
+    return saved + layout.micro_batch_tokens * stream + backward
 
 
 def forward_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int:
     """The forward visit: the worse of
 
     - attention: all that it makes, and its output D; and
-    - the MLP: that output, what is kept of attention, and the last tile beside the results and
-      kept outputs of those before it, or the results of all tiles, joined: 2 D.
+    - the MLP: that output, what is kept of attention, and the last tile beside the kept outputs of
+      those before it.
 
-    The layer's input is one of the visit's hidden states.
+    The layer's input is one of the visit's hidden states; the result takes the place of
+    attention's output.
     """
     hidden, tokens, tile = work.decoder.hidden_size, layout.micro_batch_tokens, layout.mlp_tile_size
     stream = hidden * work.stream_bytes
@@ -379,10 +376,7 @@ def forward_visit_bytes(work: Workload, layer: LayerSize, layout: Layout) -> int
     attention += unfused_bytes(work, layout, tokens, max(hidden, layer.query_size))
     forward, _ = mlp_tile_bytes(work, layer, layout)
     down = hidden * work.element_bytes if "down_proj" in layout.offload else 0
-    tiles = max(
-        (tokens - tile) * (stream + down) + forward,
-        tokens * (2 * stream + down),
-    )
+    tiles = (tokens - tile) * down + forward
     mlp = tokens * stream + attention_reread_bytes(work, layer, layout) + tiles
     return max(attention, mlp)
 
@@ -391,19 +385,19 @@ def mlp_tile_bytes(work: Workload, layer: LayerSize, layout: Layout) -> tuple[in
     """One tile of T tokens: its forward pass, and its recomputation with its backward pass.
 
     Both: normed input D + R, gate and up 2 F, product F + R, output of down D; with per-layer
-    inputs gate and product 2 P and their projection D. Forward: the layer's output D, and the sum
-    before the per-layer block D. Backward: gradient of the residual D; and gradients of the
-    product F and of gate and up 2 F + R, or the latter with those of the input and the result, 2 D;
-    or before them those of the per-layer block, 3 D + 3 P. Dropout, while the adapter of down goes
-    backward: gradient of the product F, its dropped input, the gradient through it and that one's
-    masked copy, 3 F, beside 2.5 D (measured).
+    inputs gate and product 2 P and their projection D. Forward: with them the sum before the
+    per-layer block D. Backward: gradient of the residual D; and gradients of the product F and of
+    gate and up 2 F + R, or the latter with that of the input D; or before them those of the
+    per-layer block, 3 D + 3 P. Dropout, while the adapter of down goes backward: gradient of the
+    product F, its dropped input, the gradient through it and that one's masked copy, 3 F, beside
+    2.5 D (measured).
     """
     decoder, item = work.decoder, work.element_bytes
     hidden, feed_forward = decoder.hidden_size, layer.shape.intermediate_size
     tokens, stream = layout.mlp_tile_size, hidden * work.stream_bytes
     both = (2 * hidden + layer.gate_up.rank + 3 * feed_forward + layer.down.rank) * item
-    worst = (2 * feed_forward + layer.gate_up.rank + max(feed_forward, 2 * hidden)) * item
-    forward = stream
+    worst = (2 * feed_forward + layer.gate_up.rank + max(feed_forward, hidden)) * item
+    forward = 0
     if decoder.ple_size:
         both += (2 * decoder.ple_size + hidden) * item
         worst = max(worst, 3 * decoder.ple_size * item + 3 * stream)

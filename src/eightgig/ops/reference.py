@@ -110,11 +110,18 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor | None, eps: float, *, add: Tensor | None = None
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Gradient of `rms_norm` with respect to `hidden`, plus `add` (a residual's gradient).
 
-    With r = 1/sqrt(mean(x^2) + eps), g = grad * weight: dx = r g - r^3 x mean(g x).
+    With r = 1/sqrt(mean(x^2) + eps), g = grad * weight: dx = r g - r^3 x mean(g x). `out` may be
+    any of the inputs.
     """
     x, g = wide(hidden), wide(grad)
     if weight is not None:
@@ -123,7 +130,7 @@ def rms_norm_backward(
     result = inverse * g - inverse.pow(3) * x * (g * x).mean(-1, keepdim=True)
     if add is not None:
         result = result + wide(add)
-    return result.to(hidden.dtype)
+    return _store(result, hidden.dtype, out)
 
 
 def residual_norm(
@@ -133,6 +140,7 @@ def residual_norm(
     eps: float,
     *,
     scalar: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """(residual + rms_norm(branch, weight)) * scalar; the branch is not normed without weight.
 
@@ -141,6 +149,7 @@ def residual_norm(
         weight: (D,) float32, None where the family has no norm after the branch.
         eps: Of the norm.
         scalar: 0-d float32, None for 1.
+        out: Written to, if given; same shape. It may be any of the inputs.
     """
     value = wide(branch)
     if weight is not None:
@@ -148,7 +157,7 @@ def residual_norm(
     value = wide(residual) + value
     if scalar is not None:
         value = value * scalar.to(value.dtype)
-    return value.to(residual.dtype)
+    return _store(value, residual.dtype, out)
 
 
 def residual_norm_backward(

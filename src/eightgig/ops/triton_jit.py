@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
@@ -81,23 +80,31 @@ class Kernel:
     ) -> tuple[tuple[object, ...], list[Any]]:
         """What compiled code depends on, and the arguments with addresses in place of tensors.
 
-        Triton assumes aligned addresses, so whether they are is among the former.
+        Triton assumes aligned addresses, so whether they are is among the former; the device, for
+        which code is loaded, is that of the tensors.
         """
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
-        key: list[object] = [constants, device, *options.values()]
+        key: list[object] = [constants, *options.values()]
         passed: list[Any] = []
+        keep, hand_on = key.append, passed.append
+        device = None
         for argument, varies in zip(arguments, self._varies, strict=False):
-            if isinstance(argument, Tensor):
+            kind = type(argument)
+            if kind is Tensor:
                 address = argument.data_ptr()
-                key += (argument.dtype, address & 15)
-                passed.append(address)
+                keep(argument.dtype)
+                keep(address & 15)
+                hand_on(address)
+                if device is None:
+                    device = argument.device
+                    keep(device)
                 continue
-            if isinstance(argument, int) or argument is None:
-                if not varies:
-                    key.append(argument)
-            elif not varies:  # a descriptor of tiles, whose shape is among the constants
-                key += (type(argument), argument.base.dtype)
-            passed.append(argument)
+            hand_on(argument)
+            if not varies:
+                if kind is int or argument is None:
+                    keep(argument)
+                else:  # a descriptor of tiles, whose shape is among the constants
+                    keep(kind)
+                    keep(argument.base.dtype)
         return tuple(key), passed
 
     def _compile(

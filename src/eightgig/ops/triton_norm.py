@@ -316,10 +316,17 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor | None, eps: float, *, add: Tensor | None = None
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`reference.rms_norm_backward` of (N, D) matrices."""
-    out = torch.empty_like(hidden)
+    if out is None:
+        out = torch.empty_like(hidden)
     _norm_backward(grad, hidden, weight, eps, out=out, add=add)
     return out
 
@@ -331,9 +338,11 @@ def residual_norm(
     eps: float,
     *,
     scalar: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`reference.residual_norm`."""
-    out = torch.empty_like(residual)
+    if out is None:
+        out = torch.empty_like(residual)
     return _norm(branch, weight, residual, scalar, out, eps, norms=weight is not None)
 
 

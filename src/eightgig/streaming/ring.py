@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eightgig.streaming.belady import Cycle, Load, plan_cycle
 from eightgig.streaming.meter import WaitMeter
+from eightgig.streaming.side import SideStream
 
 _ALIGNMENT_BYTES = 256
 _BOUNCE_BYTES = 64 << 20
@@ -198,17 +199,20 @@ def _parts(
 
 
 class Completion:
-    """A copy under way; `wait` makes the current stream wait for it."""
+    """A copy under way; `wait` makes what computes wait for it."""
 
-    def __init__(self, event: torch.cuda.Event, queued: Future[None] | None) -> None:
+    def __init__(
+        self, event: torch.cuda.Event, compute: torch.cuda.Stream, queued: Future[None] | None
+    ) -> None:
         self._event = event
+        self._compute = compute
         self._queued = queued
 
     def wait(self) -> None:
-        """Order the current stream behind the copy; blocks only until the copy is queued."""
+        """Order the computation behind the copy; blocks only until the copy is queued."""
         if self._queued is not None:
             self._queued.result()
-        self._event.wait()
+        self._event.wait(self._compute)
 
 
 class _HostLane:
@@ -237,10 +241,9 @@ class _CudaLane:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._side = SideStream(device)
         # The slots' memory may still be read by work queued before they were allocated.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._side.follow()
         self._free: dict[int, torch.cuda.Event] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._bounce: list[Tensor] = []
@@ -251,28 +254,27 @@ class _CudaLane:
         event = torch.cuda.Event()
         if self._thread is None and all(source.is_pinned() for _, source in parts):
             self._queue(free, parts, event)
-            return Completion(event, None)
+            return Completion(event, self._side.compute, None)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="eightgig-copy")
             size = _BOUNCE_BYTES
             self._bounce = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in "ab"]
             self._bounced = [torch.cuda.Event() for _ in "ab"]
-        return Completion(event, self._thread.submit(self._queue, free, parts, event))
+        queued = self._thread.submit(self._queue, free, parts, event)
+        return Completion(event, self._side.compute, queued)
 
     def mark_free(self, slot: int) -> None:
-        event = torch.cuda.Event()
-        event.record()
-        self._free[slot] = event
+        self._free[slot] = self._side.mark_compute()
 
     def synchronize(self) -> None:
         if self._thread is not None:
             self._thread.submit(lambda: None).result()
-        self._stream.synchronize()
+        self._side.stream.synchronize()
 
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown()
-        self._stream.synchronize()
+        self._side.stream.synchronize()
 
     def _queue(
         self,
@@ -280,15 +282,15 @@ class _CudaLane:
         parts: Sequence[tuple[Tensor, Tensor]],
         event: torch.cuda.Event,
     ) -> None:
-        with torch.cuda.stream(self._stream):
+        with self._side:
             if free is not None:
-                self._stream.wait_event(free)
+                free.wait(self._side.stream)
             for target, source in parts:
                 if source.is_pinned():
                     target.copy_(source, non_blocking=True)
                 else:
                     self._copy_staged(target, source)
-            event.record(self._stream)
+            event.record(self._side.stream)
 
     def _copy_staged(self, target: Tensor, source: Tensor) -> None:
         pairs = zip(target.split(_BOUNCE_BYTES), source.split(_BOUNCE_BYTES), strict=True)
@@ -298,4 +300,4 @@ class _CudaLane:
             staged = self._bounce[which][: source_part.numel()]
             staged.copy_(source_part)
             target_part.copy_(staged, non_blocking=True)
-            self._bounced[which].record(self._stream)
+            self._bounced[which].record(self._side.stream)

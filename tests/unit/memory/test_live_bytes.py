@@ -78,7 +78,7 @@ ALL_OUTPUTS = ("down_proj", "o_proj", "attention")
 CASES = (
     (Case(family="llama"), 1.02),
     (Case(family="gemma4_12b"), 1.02),
-    (Case(family="gemma4_e2b"), 1.15),
+    (Case(family="gemma4_e2b"), 1.17),
     (Case(family="llama", row_tokens=48, micro_batches=16), 1.1),
     (Case(family="llama", row_tokens=48, micro_batches=16, loss_share=0.25), 1.12),
     (Case(family="llama", dropout=0.1), 1.06),
@@ -169,10 +169,7 @@ class _Order:
     def record(self, *_: Any) -> None:
         pass
 
-    def wait(self) -> None:
-        pass
-
-    def wait_event(self, _: Any) -> None:
+    def wait(self, *_: Any) -> None:
         pass
 
     def wait_stream(self, _: Any) -> None:
@@ -192,7 +189,7 @@ def _wait_on_host(live: LiveBytes, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("Stream", "Event", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, _Order)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
     monkeypatch.setattr(checkpoints, "PinnedArenas", lambda **_: Arenas(is_pinned=False))
     monkeypatch.setattr(
         model,

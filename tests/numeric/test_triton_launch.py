@@ -1,5 +1,7 @@
 """When a kernel is compiled anew, and when what was compiled is launched again."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -40,21 +42,6 @@ class _Unknown(_Compiled):
         return lambda *arguments: self.launches.append((grid, *arguments))
 
 
-class _Driver:
-    """Stands for Triton's driver of a GPU."""
-
-    active = None  # set below
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return f"stream {device}"
-
-
-_Driver.active = _Driver()
-
-
 class _Compiler:
     """Stands for Triton; every launch through it makes new code."""
 
@@ -72,7 +59,10 @@ class _Compiler:
 
 @pytest.fixture(params=[_Compiled, _Unknown])
 def launched(request, monkeypatch):
-    monkeypatch.setattr(triton_jit, "driver", _Driver)
+    active = SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: f"stream {device}"
+    )
+    monkeypatch.setattr(triton_jit, "driver", SimpleNamespace(active=active))
 
     @kernel(varying=("tokens",))
     def copy(source, weight, stride, tokens, WIDTH):  # noqa: N803 - a constant

@@ -33,11 +33,11 @@ CUBLAS_BYTES = {True: 32 * MIB, False: 8 * MIB + 128 * KIB}
 # What the allocator reserves beyond what is asked for: the last of its 20 MiB pages, and of the
 # segments of small tensors; and, since freed blocks do not fit the next request exactly, shares of
 # what comes and goes in a step, of the buffers between device and host, and of the hidden states of
-# several micro-batches. Fitted to 42 rows of `tests/data/measured_peaks.jsonl`; 23 were kept apart.
-PAGE_BYTES = 24 * MIB
-FRAGMENTATION_RATIO = 0.08
-BUFFER_FRAGMENTATION_RATIO = 0.4
-VISIT_FRAGMENTATION_RATIO = 0.3
+# several micro-batches. Fitted to 47 rows of `tests/data/measured_peaks.jsonl`; 26 were kept apart.
+PAGE_BYTES = 20 * MIB
+FRAGMENTATION_RATIO = 0.085
+BUFFER_FRAGMENTATION_RATIO = 0.3
+VISIT_FRAGMENTATION_RATIO = 0.4
 # torch, its libraries and Python in main memory, with a CUDA context and without.
 PROCESS_BYTES = {True: 1536 * MIB, False: 640 * MIB}
 EXPERTS_AT_A_TIME = 16

@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from eightgig.data.tokenizer import find_chat_template, load_tokenizer, stop_ids
+from eightgig.data.formats import Example
+from eightgig.data.render import Renderer
+from eightgig.data.rules import Notes
+from eightgig.data.tokenizer import (
+    find_chat_template,
+    load_tokenizer,
+    render_settings,
+    stop_ids,
+)
 from eightgig.errors import DataError, EightgigError, ModelError
 from eightgig.models.checkpoint import read_model_spec
 from eightgig.models.hub import find_local_model
@@ -231,6 +239,23 @@ def test_a_tokenizer_that_blows_text_up_is_refused(kind: str, model: Path) -> No
     path.write_text(json.dumps(value))
     with pytest.raises(ModelError, match="replaces text by 1,000,000 characters"):
         load_tokenizer(model)
+
+
+def test_a_pattern_that_takes_too_many_steps_costs_the_row_alone(model: Path) -> None:
+    slow = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    _change(model / "tokenizer.json", pre_tokenizer=slow)
+    renderer = Renderer(render_settings(load_tokenizer(model)))
+    found = []
+    for text in ("a" * 60 + "b", "It shines."):
+        notes = Notes(file="rows.jsonl", line=1)
+        rows = renderer.render(Example(text=text), notes)
+        found.append((len(rows), [finding.code for finding in notes.findings]))
+    assert found == [(0, ["data.rendering_limit"]), (1, [])]
 
 
 PICKLES = ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "model.ckpt", "model.pkl")

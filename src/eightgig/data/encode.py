@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from tokenizers import AddedToken, Encoding, Tokenizer, processors
 
+from eightgig.data.template import RenderingLimit
 from eightgig.data.words import WordPiece, WordTokens, can_split
 
 _KEPT_PIECES = 128
@@ -89,6 +90,9 @@ class TextEncoder:
         Args:
             text: A rendered text in which nobody typed the name of a control token.
             control: Where its control tokens begin, in order.
+
+        Raises:
+            RenderingLimit: The tokenizer gives up on it.
         """
         starts = [0, *(place for place in control if place)] if self._can_cut else [0]
         ends = [*starts[1:], len(text)]
@@ -106,7 +110,7 @@ class TextEncoder:
     def _encode_piece(self, text: str) -> _Piece | WordPiece:
         if self._words is not None:
             return self._words.encode(text)
-        encoding = self._plain.encode(text, add_special_tokens=False)
+        encoding = _encode(self._plain, text)
         return _Piece(tuple(encoding.ids), encoding)
 
     def encode_typed(self, text: str, control: Sequence[int]) -> Encoded:
@@ -118,13 +122,14 @@ class TextEncoder:
 
         Raises:
             ControlTokenLost: The text holds the character that is set aside for this.
+            RenderingLimit: The tokenizer gives up on it.
         """
         if _ALIAS in text:
             raise ControlTokenLost(f"the private-use character U+{ord(_ALIAS):X}")
         cuts = [0, *(start + 1 for start in control), len(text)]
         pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]
         tokenizer, ids = self._alias_tokenizer()
-        encoding = tokenizer.encode(_ALIAS.join(pieces), add_special_tokens=False)
+        encoding = _encode(tokenizer, _ALIAS.join(pieces))
         found = tuple(ids.get(token, token) for token in encoding.ids)
         real = frozenset(self.control_ids.values())
         if sum(token in real for token in found) != len(control):
@@ -146,6 +151,20 @@ class TextEncoder:
 
 
 _MARKUP = frozenset("<>[]|")
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> Encoding:
+    """Tokens of `text` alone.
+
+    Raises:
+        RenderingLimit: The library gives up: a pattern of the tokenizer takes too many steps.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's; it cannot be imported
+            raise
+        raise RenderingLimit(f"the tokenizer gives up on its text ({error})") from None
 
 
 def _can_cut(added: Collection[AddedToken], control: Collection[str]) -> bool:

@@ -210,9 +210,9 @@ _RENDERING: Mapping[str, Rule] = {
         "Move the text of the system turn to the beginning of the first user turn.",
     ),
     "data.rendering_limit": _error(
-        "Rendering took too long or too much memory; the template or the row is hostile or "
-        "damaged.",
-        "Use the template of the model's publisher, or delete the row.",
+        "Rendering took too long or too much memory; the template, the tokenizer or the row is "
+        "hostile or damaged.",
+        "Use the template and the tokenizer of the model's publisher, or delete the row.",
     ),
     "data.content_lost": _error(
         "The template dropped or changed what is written in the row; it would not be trained.",

@@ -1,5 +1,6 @@
 """When a kernel is compiled anew, and when what was compiled is launched again."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -25,8 +26,8 @@ class _Compiled(CompiledKernel):
 
     @property
     def run(self):
-        def launch(gridX, gridY, gridZ, stream, function, *rest):  # noqa: N803 - Triton's names
-            self.launches.append((gridX, gridY, gridZ, stream, function, *rest))
+        def launch(gridX, gridY, gridZ, stream, function, *args):  # noqa: N803 - Triton's names
+            self.launches.append((gridX, gridY, gridZ, stream, function, *args))
 
         return launch
 
@@ -83,6 +84,12 @@ def test_the_same_kinds_of_arguments_run_what_was_compiled(launched) -> None:
     else:
         before = ("stream 0", "handle", "metadata", None, None, None)
         assert compiled.launches == [(9, 1, 1, *before, *parameters)]
+
+
+def test_the_installed_triton_is_called_in_a_known_way() -> None:
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    parameters = tuple(inspect.signature(driver.CudaLauncher.__call__).parameters)
+    assert parameters[1:] in triton_jit._KNOWN_CALLS
 
 
 def test_bound_arguments_are_launched_again_and_again(launched) -> None:

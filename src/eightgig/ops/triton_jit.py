@@ -16,8 +16,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 Grid = tuple[int, int, int]
-# How compiled code is called, in Triton 3.6 and 3.7: grid, stream, handle, and what hooks want.
-_RUN_PARAMETERS = ["gridX", "gridY", "gridZ", "stream", "function"]
+# How Triton calls compiled code: 3.6, and 3.7 to 3.9.
+_CALL = ("gridX", "gridY", "gridZ", "stream", "function")
+_HOOKS = ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
+_KNOWN_CALLS = ((*_CALL, "args"), (*_CALL, *_HOOKS, "args"))
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,7 +142,7 @@ def _launcher(compiled: CompiledKernel) -> Callable[..., None]:
     Where Triton's inner call is the known one it is called at once, without hooks.
     """
     run = compiled.run
-    if list(inspect.signature(run).parameters)[: len(_RUN_PARAMETERS)] != _RUN_PARAMETERS:
+    if tuple(inspect.signature(run).parameters) not in _KNOWN_CALLS:
         return lambda x, y, z, *parameters: compiled[x, y, z](*parameters)
     function, metadata = compiled.function, compiled.packed_metadata
     stream_of, device = driver.active.get_current_stream, driver.active.get_current_device()

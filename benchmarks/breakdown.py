@@ -48,7 +48,7 @@ from eightgig.training.step import make_schedule, prepare_step  # noqa: E402
 
 # First match counts; names are those of eightgig's kernels, FlashAttention, cuBLAS and PyTorch.
 KINDS = (
-    ("dequantisation", r"_dequantize"),
+    ("dequantisation", r"_dequantize|^_place"),
     ("attention", r"flash|fmha|^_forward|^_backward_q|^_backward_kv|^_sum_splits"),
     ("GEMM", r"gemm|nvjet|cutlass|xmma|splitK|cublas"),
     ("norms and rotary", r"_norm"),

@@ -2,7 +2,7 @@
 
     python benchmarks/visits.py 12b-1x128 e2b-1x128 --budget 40GiB --set offload=none
 
-A case is MODEL-ROWSxTOKENS. What is timed is the calling thread: the loop over the layers forward,
+A case is MODEL-1xTOKENS. What is timed is the calling thread: the loop over the layers forward,
 and backward, from its beginning until its last launch is queued, over the number of layers. Give
 few tokens, so that the device is never waited for; for the optimizer the thread waits between two
 steps. Opening the weights, and starting the copies of the ring, of what waits for the backward pass
@@ -92,6 +92,7 @@ def measure(case: BenchCase, steps: int) -> dict[str, Any]:
     assert engine.gradients is not None
     optimizer = make_optimizer(engine.adapter, engine.gradients, config.train)
     schedule = make_schedule(config, rows, plan.micro_batch_tokens)
+    assert len(schedule.batches(1)) == 1, "a visit is timed with one micro-batch"
     clock = Clock(engine)
     for step in range(1, WARM_UP_STEPS + steps + 1):
         prepared = prepare_step(engine, schedule.batches(step), step=step, seed=None)
@@ -123,7 +124,7 @@ def microseconds(seconds: list[float], layers: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="+", help="MODEL-ROWSxTOKENS, e.g. 12b-1x128")
+    parser.add_argument("cases", nargs="+", help="MODEL-1xTOKENS, e.g. 12b-1x128")
     parser.add_argument("--budget", default="40GiB")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--optim", default="adamw_torch")

@@ -137,7 +137,7 @@ class Conversation:
             return self._control.encode(rendered).ids
         except (TemplateRefused, RenderingLimit, ControlTokenLost) as error:
             raise DataError(
-                "The chat template does not take this conversation.",
+                "The chat template or the tokenizer does not take this conversation.",
                 why=f"It says: {str(error).rstrip('.')}.",
                 fix="Leave out the system turn, or begin anew with /reset.",
             ) from error
@@ -183,7 +183,14 @@ class Conversation:
         rendered = RenderedText(text, self._control.typed_in(text))
         bos = self._tuned.settings.bos_id
         start = () if bos is None else (bos,)
-        return (*start, *self._control.encode(rendered).ids)
+        try:
+            return (*start, *self._control.encode(rendered).ids)
+        except RenderingLimit as error:
+            raise DataError(
+                "The tokenizer does not take this text.",
+                why=f"It says: {error}.",
+                fix="Write it in another way, or use the tokenizer of the model's publisher.",
+            ) from error
 
     def _check_length(self, prompt_tokens: int) -> int:
         """Tokens that the answer may have."""

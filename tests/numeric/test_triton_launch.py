@@ -103,6 +103,12 @@ def test_bound_arguments_are_launched_again_and_again(launched) -> None:
     assert len(second.launches) == 2
 
 
+def test_options_are_told_apart_by_their_names(launched) -> None:
+    for options in ({"num_warps": 8}, {"num_stages": 8}, {"num_stages": 8, "num_warps": 4}):
+        launched.launch((4, 1, 1), MATRIX, None, 16, 4, constants=(16,), **options)
+    assert len(launched.jit.made) == 4
+
+
 @pytest.mark.parametrize(
     ("source", "weight", "stride", "width"),
     [

@@ -41,7 +41,7 @@ class TemplateRefused(Exception):
 
 
 class RenderingLimit(Exception):
-    """Rendering took too long or too much memory."""
+    """Rendering, or tokenising what was rendered, took too long or too much memory."""
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -202,7 +202,7 @@ class HostWaiting:
             return
         for event in self._has_left:
             if event is not None:
-                event.wait()  # the compute stream alone reuses the memory that is given back
+                event.wait(self._out.compute)  # which alone reuses the memory that is given back
         self._buffers = []
         self._places.clear()
         self._buffers = [

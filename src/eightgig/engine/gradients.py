@@ -77,7 +77,7 @@ class Gradients:
             return self._views[layer]
         earlier, arrived = None, self._arrived[layer]
         if not self._is_empty and arrived is not None:
-            arrived.wait()
+            arrived.wait(self._lane.compute)
             earlier = self.sums[layer]
         run = self._lane.take(self.sums[layer].numel(), earlier)
         key = (run.data_ptr(), layer)
@@ -115,6 +115,11 @@ class _CopyLane:
         self._sent: list[torch.cuda.Event | None] = [None, None]
         self._side = SideStream(device)
         self._current = 0
+
+    @property
+    def compute(self) -> torch.cuda.Stream:
+        """The stream that computes."""
+        return self._side.compute
 
     @property
     def current(self) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 
 from eightgig.data.batches import IGNORE_INDEX, Dataset
 from eightgig.data.control import ControlTokens, RenderedText
+from eightgig.data.template import RenderingLimit
 from eightgig.data.tokenizer import RenderSettings
 from eightgig.errors import DataError, Finding
 from eightgig.evaluation.loss import RowLosses
@@ -49,14 +50,26 @@ def read_general_text(path: Path | None) -> tuple[str, ...]:
 def general_rows(
     paragraphs: Sequence[str], settings: RenderSettings, *, max_length: int
 ) -> Dataset:
-    """Paragraphs as rows whose every token carries loss, cut into pieces of `max_length`."""
+    """Paragraphs as rows whose every token carries loss, cut into pieces of `max_length`.
+
+    Raises:
+        DataError: The tokenizer gives up on a paragraph.
+    """
     control = ControlTokens(settings.tokenizer_json, settings.chat_template or "")
     start = [] if settings.bos_id is None else [settings.bos_id]
     rows: list[list[int]] = []
     sources: list[int] = []
     for number, paragraph in enumerate(paragraphs):
         text = RenderedText(paragraph, control.typed_in(paragraph))
-        for piece in _pieces(control.encode(text).ids, max(1, max_length - len(start))):
+        try:
+            found = control.encode(text).ids
+        except RenderingLimit as error:
+            raise DataError(
+                f"Paragraph {number + 1} of the general text cannot be tokenised.",
+                why=f"It says: {error}.",
+                fix="Use the tokenizer of the model's publisher.",
+            ) from error
+        for piece in _pieces(found, max(1, max_length - len(start))):
             row = [*start, *piece]
             if len(row) > 1:  # nothing predicts the first token
                 rows.append(row)

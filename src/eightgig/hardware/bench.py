@@ -13,9 +13,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
-from eightgig.hardware.probe import Rates
+from eightgig.hardware.probe import Rates, optimizer_threads
 from eightgig.run import to_json
 from eightgig.units import MIB
 
@@ -31,6 +32,7 @@ _WARM_UP_SECONDS = 0.7
 _LAUNCHES, _LAUNCH_TRIES = 150, 24
 _LAUNCH_SIZE, _LAUNCH_EXTRA = 64, 16
 _TRIES = 8
+_ADAMW_NUMBERS = 16 << 20  # with moments and gradient 256 MiB, more than a processor keeps near
 _PIN_STEP_BYTES = 256 * MIB
 _PIN_PROBE_BYTES = 1024 * MIB
 _PIN_SECONDS = 1.0
@@ -72,6 +74,7 @@ def measure_rates(
         copy_engines=2 if together > _TWO_ENGINES_RATIO * alone else 1,
         is_measured=True,
         launch_seconds=launching,
+        host_bytes_per_second=_adamw_rate(optimizer_threads()),
     )
 
 
@@ -135,7 +138,35 @@ def _cpu_rates() -> Rates:
         both_ways_bytes_per_second=copied,
         copy_engines=1,
         is_measured=True,
+        host_bytes_per_second=_adamw_rate(torch.get_num_threads()),
     )
+
+
+def _adamw_rate(threads: int) -> float:
+    """See `Rates.host_bytes_per_second`; on some processors.
+
+    In a thread of its own, as in training: the number of processors is a thread's.
+    """
+    import torch
+
+    def seconds() -> float:
+        torch.set_num_threads(threads)
+        numbers = torch.zeros(_ADAMW_NUMBERS)
+        numbers.grad = torch.ones_like(numbers)
+        compute = torch.empty_like(numbers, dtype=torch.bfloat16)
+        optimizer = torch.optim.AdamW([numbers], fused=True)
+        optimizer.step()  # makes the moments
+
+        def move() -> None:
+            assert numbers.grad is not None
+            numbers.grad.mul_(0.5)
+            optimizer.step()
+            compute.copy_(numbers)
+
+        return _cpu_seconds(move)
+
+    with ThreadPoolExecutor(1) as thread:
+        return 7 * 4 * _ADAMW_NUMBERS / thread.submit(seconds).result()
 
 
 def _cpu_seconds(work: Callable[[], object]) -> float:

@@ -44,8 +44,9 @@ _CGROUP_LIMITS = (
 )
 
 
-# A small operation of torch on a current desktop processor, see `hardware.bench`.
+# Of a current desktop, estimated; `hardware.bench` measures both.
 USUAL_LAUNCH_SECONDS = 7e-6
+USUAL_HOST_BYTES_PER_SECOND = 25e9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +61,9 @@ class Rates:
         both_ways_bytes_per_second: Sum of both directions at the same time.
         copy_engines: Copies that can run at the same time.
         launch_seconds: Python's time to launch a small operation on the device.
+        host_bytes_per_second: Bytes that AdamW reads and writes on the host, seven float32 numbers
+            per parameter, over the time that it takes on `optimizer_threads`, with scaling its
+            gradients and making its compute copy.
         is_measured: True when measured on this machine, False when taken from a table.
     """
 
@@ -71,6 +75,7 @@ class Rates:
     copy_engines: int
     is_measured: bool
     launch_seconds: float = USUAL_LAUNCH_SECONDS
+    host_bytes_per_second: float = USUAL_HOST_BYTES_PER_SECOND
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +115,11 @@ class Hardware:
     cpu_threads: int
     rates: Rates | None
     has_triton: bool = False
+
+
+def optimizer_threads() -> int:
+    """Processors for AdamW on the host: the others are left to what feeds the GPU."""
+    return max(1, (os.cpu_count() or 1) // 3)
 
 
 def probe(

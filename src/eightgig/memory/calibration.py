@@ -98,7 +98,8 @@ class MeasuredPeak:
             checkpoints, kernels: The layout, as in `Plan`.
         compute_capability: Of the card.
         budget_bytes: What the allocator was allowed to reserve.
-        rates: Measured before the run.
+        rates: Measured before the run; until 2026-11-30 `host_bytes_per_second` was not, and is the
+            number that fits those rows best.
         predicted_bytes: By the formulas of the commit that measured.
         measured_bytes: Most that the allocator reserved.
         allocated_bytes: Most that tensors took of it at a time; None where it was not noted.

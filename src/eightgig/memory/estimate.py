@@ -34,7 +34,7 @@ CUBLAS_BYTES = {True: 32 * MIB, False: 8 * MIB + 128 * KIB}
 # segments of small tensors; and, since freed blocks do not fit the next request exactly, shares of
 # what comes and goes in a step, of the buffers between device and host, and of the hidden states of
 # several micro-batches. Fitted to 47 rows of `tests/data/measured_peaks.jsonl`; 26 were kept apart.
-# No row is met by less than 9 MiB: one layout took a page more in one process than in another.
+# No row is met by less than 9 MiB.
 PAGE_BYTES = 24 * MIB
 FRAGMENTATION_RATIO = 0.085
 BUFFER_FRAGMENTATION_RATIO = 0.2

@@ -51,8 +51,8 @@ DROPOUT_PASSES = 23.6
 DEQUANT_BYTES = {"triton": 1.25, "plain": 4.8}
 # Launching the work from Python: a layer's weights, a micro-batch through it, a further tile of its
 # MLP, a bundle to the host or back, and what dropout and per-layer inputs add; on a processor that
-# launches a small operation in 12 microseconds, as the 16 virtual CPUs beside an H200 did. These
-# and the three that follow were fitted to 46 runs there; 20 others were kept apart.
+# launches a small operation in 12 microseconds, as the 16 virtual CPUs beside an H200 did. These,
+# `STEP_SECONDS` and `DROPOUT_PASSES` were fitted to 46 runs there; 20 others were kept apart.
 LAUNCH_SECONDS = 1.2e-5
 OPEN_SECONDS = 0.00012
 FORWARD_SECONDS = 0.00042
@@ -61,11 +61,10 @@ TILE_SECONDS = 0.00035
 BUNDLE_SECONDS = 0.0001
 DROPOUT_SECONDS = 0.00058
 PER_LAYER_INPUT_SECONDS = 0.00008
+# AdamW reads and writes seven float32 numbers per parameter.
+ADAMW_BYTES = 7 * 4
 # From the last gradient of a step to the first layer of the next the GPU has nothing to do.
 STEP_SECONDS = 0.025
-# AdamW on the host reads and writes seven float32 numbers per parameter. A desktop is slower, and
-# so is its GPU, whose forward pass hides it.
-HOST_BYTES_PER_SECOND = 46e9
 GATHER_BYTES_PER_SECOND = 4e9
 # Pageable memory goes through a pinned buffer; mapped files that RAM does not hold, to the disk.
 PAGEABLE_BYTES_PER_SECOND = 8e9
@@ -138,9 +137,9 @@ def step_time(
     seconds += max(computing[1], copies[1]) + max(computing[2], copies[2])
     pairs = zip(copies, computing, strict=True)
     seconds += STEP_SECONDS if work.has_device else 0.0
-    seconds = max(seconds, _gather_seconds(work, tokens))
+    seconds = max(seconds + (optimizer if on_device else 0.0), _gather_seconds(work, tokens))
     return StepTime(
-        seconds=seconds + (optimizer if on_device else 0.0),
+        seconds=seconds,
         compute_seconds=sum(computing),
         copy_seconds=sum(copies),
         waiting_seconds=sum(max(0.0, copy - compute) for copy, compute in pairs),
@@ -392,10 +391,10 @@ def _part(position: int, num_layers: int, num_chunks: int) -> int:
 
 
 def _optimizer_seconds(work: Workload, rates: Rates) -> float:
-    touched = 7 * 4 * work.master_elements
+    touched = ADAMW_BYTES * work.master_elements
     if is_optimizer_on_device(work):
         return touched / rates.memory_bytes_per_second
-    return touched / HOST_BYTES_PER_SECOND
+    return touched / rates.host_bytes_per_second
 
 
 def _gather_seconds(work: Workload, tokens: float) -> float:

@@ -85,7 +85,7 @@ class Kernel:
         Triton assumes aligned addresses, so whether they are is among the former; the device, for
         which code is loaded, is that of the tensors.
         """
-        key: list[object] = [constants, *options.values()]
+        key: list[object] = [constants, *options.items()]
         passed: list[Any] = []
         keep, hand_on = key.append, passed.append
         device = None

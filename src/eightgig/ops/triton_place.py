@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 import triton.language as tl
@@ -51,14 +50,13 @@ def placer(
     """`reference.placer`."""
     programs = sum(map(_programs, pieces))
     return _place.bind(
-        (programs, 1, 1), source, target, _table(tuple(pieces), target.device), scale,
+        (programs, 1, 1), source, target, _table(pieces, target.device), scale,
         constants=(len(pieces), _FIELDS, _BLOCK),
     )  # fmt: skip
 
 
-@lru_cache(maxsize=32)
-def _table(pieces: tuple[Placed, ...], device: torch.device) -> Tensor:
-    """What the kernel reads of every piece; layers of one kind share it."""
+def _table(pieces: Sequence[Placed], device: torch.device) -> Tensor:
+    """What the kernel reads of every piece."""
     rows = []
     first = 0
     for piece in pieces:

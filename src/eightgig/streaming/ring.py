@@ -53,8 +53,9 @@ class RingItem:
 class Ring:
     """Slots on a device, filled ahead of a known order of visits.
 
-    Use: `start(visits)` once per order, then for each visit in turn `acquire()`, compute on the
-    current stream, `release()`. The order repeats from its beginning.
+    Use: `start(visits)` once per order, then for each visit in turn `acquire()`, compute,
+    `release()`. The order repeats from its beginning. What computes is the stream that was current
+    when the ring was made.
 
     Args:
         items: Everything that is ever visited.
@@ -109,7 +110,7 @@ class Ring:
         self._version += 1
 
     def acquire(self) -> Tensor:
-        """The slot of the next visit, (slot_bytes,) uint8; ready for the current stream."""
+        """The slot of the next visit, (slot_bytes,) uint8; ready for what computes."""
         item, slot = self._visits[self._at], self._cycle.slots[self._at]
         for load in self._cycle.loads[self._at]:
             self._load(load)

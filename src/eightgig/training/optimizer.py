@@ -9,7 +9,6 @@ at all, and where memory runs out in between, `finish` moves the runs that are l
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from eightgig.adapters.lora import Adapter, named_views
 from eightgig.config import TrainConfig
 from eightgig.engine.gradients import Gradients
 from eightgig.errors import HardwareError
+from eightgig.hardware.probe import optimizer_threads
 
 _HOST_MOMENTS = ("exp_avg", "exp_avg_sq")
 _LAYERS_PER_RUN = 6
@@ -214,7 +214,7 @@ def _layer_runs(adapter: Adapter) -> list[_LayerRun]:
 
 def _leave_cores() -> None:
     """Leave processors to the thread that feeds the GPU; moving numbers needs only some."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 3))
+    torch.set_num_threads(optimizer_threads())
 
 
 class EightBitAdamW:

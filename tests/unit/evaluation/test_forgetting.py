@@ -1,5 +1,7 @@
 """General text: the shipped sample, files, rows, and the warning."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,15 @@ def test_long_paragraphs_are_cut_and_stay_one_source(
         if source == 1
     ]
     assert np.concatenate(pieces).tolist() == whole.input_ids[1:].tolist()
+
+
+def test_a_paragraph_that_the_tokenizer_gives_up_on_is_named(settings: RenderSettings) -> None:
+    slow = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    tokenizer = json.loads(settings.tokenizer_json)
+    tokenizer["pre_tokenizer"] = {**slow, "invert": False}
+    settings = replace(settings, tokenizer_json=json.dumps(tokenizer))
+    with pytest.raises(DataError, match="Paragraph 2 .* cannot be tokenised"):
+        general_rows(["one", "a" * 60 + "b"], settings, max_length=100)
 
 
 def test_typed_control_tokens_stay_text(settings: RenderSettings) -> None:

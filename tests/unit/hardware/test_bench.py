@@ -15,6 +15,7 @@ from eightgig.hardware.facts import (
     TorchFacts,
     TritonFacts,
 )
+from eightgig.hardware.probe import USUAL_HOST_BYTES_PER_SECOND
 from eightgig.hardware.software_checks import check_step
 from eightgig.run import from_json
 from eightgig.units import GIB, MIB
@@ -28,6 +29,8 @@ def test_a_processor_s_rates_are_positive_and_measured(monkeypatch: pytest.Monke
     assert rates.is_measured
     assert rates.copy_engines == 1
     assert min(rates.gemm_flops_per_second, rates.memory_bytes_per_second) > 0
+    assert 1e8 < rates.host_bytes_per_second < 1e13
+    assert rates.host_bytes_per_second != USUAL_HOST_BYTES_PER_SECOND
 
 
 def test_a_real_nf4_step_agrees_with_float32() -> None:

@@ -74,7 +74,7 @@ def test_a_paragraph_that_the_tokenizer_gives_up_on_is_named(settings: RenderSet
     tokenizer = json.loads(settings.tokenizer_json)
     tokenizer["pre_tokenizer"] = {**slow, "invert": False}
     settings = replace(settings, tokenizer_json=json.dumps(tokenizer))
-    with pytest.raises(DataError, match="Paragraph 2 .* cannot be tokenised"):
+    with pytest.raises(DataError, match=r"Paragraph 2 .* cannot be tokenised"):
         general_rows(["one", "a" * 60 + "b"], settings, max_length=100)
 
 

@@ -25,7 +25,7 @@ from eightgig.hardware.allocator import prepare_allocator
 prepare_allocator()
 
 import torch  # noqa: E402
-from steps import commit, make_case  # noqa: E402
+from steps import add_case_options, commit, make_case  # noqa: E402
 
 from eightgig.config import read_config  # noqa: E402
 from eightgig.engine.assemble import assemble  # noqa: E402
@@ -61,13 +61,7 @@ WARM_UP_STEPS = 3
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case", help="MODEL-ROWSxTOKENS, e.g. 12b-8x2048")
-    parser.add_argument("--budget", default="6.75GiB")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--optim", default="adamw_torch")
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--set", action="append", default=[], help="setting NAME=VALUE")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/breakdown.jsonl"))
-    parser.add_argument("--stores", type=Path, default=Path("/tmp/eightgig-bench"))
+    add_case_options(parser, steps=1, output="breakdown.jsonl")
     options = parser.parse_args()
     case = make_case(options.case, options)
     spec, store = case_spec(case), prepare_random_store(case)

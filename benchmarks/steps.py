@@ -23,13 +23,7 @@ from eightgig.units import format_bytes
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="+", help="MODEL-ROWSxTOKENS, e.g. 12b-8x2048")
-    parser.add_argument("--budget", default="6.75GiB")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--optim", default="adamw_torch")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--set", action="append", default=[], help="setting NAME=VALUE")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results.jsonl"))
-    parser.add_argument("--stores", type=Path, default=Path("/tmp/eightgig-bench"))
+    add_case_options(parser, steps=8, output="results.jsonl")
     options = parser.parse_args()
     cases = [make_case(name, options) for name in options.cases]
     failed, began_seconds = 0, time.time()
@@ -44,6 +38,19 @@ def main() -> int:
             print(f"{words(outcome.result)}, took {time.time() - began_seconds:.0f} s", flush=True)
         began_seconds = time.time()
     return 2 if failed else 0
+
+
+def add_case_options(
+    parser: argparse.ArgumentParser, *, steps: int, output: str, budget: str = "6.75GiB"
+) -> None:
+    """What `make_case` reads, how many steps to time, and the file in this folder for the rows."""
+    parser.add_argument("--budget", default=budget)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--optim", default="adamw_torch")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--set", action="append", default=[], help="setting NAME=VALUE")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks", output))
+    parser.add_argument("--stores", type=Path, default=Path("/tmp/eightgig-bench"))
 
 
 def make_case(name: str, options: argparse.Namespace) -> BenchCase:

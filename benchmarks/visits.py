@@ -15,7 +15,6 @@ import argparse
 import datetime
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from eightgig.hardware.allocator import prepare_allocator
 prepare_allocator()
 
 import torch  # noqa: E402
-from steps import make_case  # noqa: E402
+from steps import add_case_options, make_case  # noqa: E402
 
 from eightgig.config import read_config  # noqa: E402
 from eightgig.engine.assemble import Engine, assemble  # noqa: E402
@@ -44,7 +43,7 @@ WARM_UP_STEPS = 5
 
 
 class Clock:
-    """Times the parts of a step in a model, by standing before two of its methods.
+    """Times the parts of a step in a model, by standing before three of its methods.
 
     Attributes:
         forward, backward: Seconds of each step.
@@ -125,15 +124,8 @@ def microseconds(seconds: list[float], layers: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="+", help="MODEL-1xTOKENS, e.g. 12b-1x128")
-    parser.add_argument("--budget", default="40GiB")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--optim", default="adamw_torch")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--set", action="append", default=[], help="setting NAME=VALUE")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/visits.jsonl"))
-    parser.add_argument("--stores", type=Path)
+    add_case_options(parser, steps=20, output="visits.jsonl", budget="40GiB")
     options = parser.parse_args()
-    options.stores = options.stores or Path(tempfile.gettempdir(), "eightgig-bench")
     for name in options.cases:
         row = measure(make_case(name, options), options.steps)
         append_json_line(options.output, row)

@@ -120,26 +120,17 @@ class Conversation:
         """Tokens of the conversation with `text` as its last turn, the answer's turn opened.
 
         Raises:
-            DataError: The template does not take this conversation.
+            DataError: The template or the tokenizer does not take this conversation.
         """
-        if self._template is None:
-            return self._plain_ids(text)
-        turns = [*self._turns, {"role": "user", "content": text}]
-        if self.system:
-            turns.insert(0, {"role": "system", "content": self.system})
-        template = self._template
         try:
-            rendered = self._control.render(
-                lambda some, tools: template.render(some, tools, add_generation_prompt=True),
-                turns,
-                (),
-            )
-            return self._control.encode(rendered).ids
+            if self._template is None:
+                return self._plain_ids(text)
+            return self._turn_ids(self._template, text)
         except (TemplateRefused, RenderingLimit, ControlTokenLost) as error:
             raise DataError(
                 "The chat template or the tokenizer does not take this conversation.",
                 why=f"It says: {str(error).rstrip('.')}.",
-                fix="Leave out the system turn, or begin anew with /reset.",
+                fix="Leave out the system turn, write it otherwise, or begin anew with /reset.",
             ) from error
 
     def ask(self, text: str) -> Generator[str]:
@@ -178,19 +169,24 @@ class Conversation:
         turns = (("user", text), ("assistant", answer))
         self._turns += [{"role": role, "content": content} for role, content in turns]
 
+    def _turn_ids(self, template: ChatTemplate, text: str) -> tuple[int, ...]:
+        """The turns so far and `text` as the next of the user, as `template` renders them."""
+        turns = [*self._turns, {"role": "user", "content": text}]
+        if self.system:
+            turns.insert(0, {"role": "system", "content": self.system})
+        rendered = self._control.render(
+            lambda some, tools: template.render(some, tools, add_generation_prompt=True),
+            turns,
+            (),
+        )
+        return self._control.encode(rendered).ids
+
     def _plain_ids(self, text: str) -> tuple[int, ...]:
         """A prompt without a template, as `data.chat_template: none` trains it; it has no turns."""
         rendered = RenderedText(text, self._control.typed_in(text))
         bos = self._tuned.settings.bos_id
         start = () if bos is None else (bos,)
-        try:
-            return (*start, *self._control.encode(rendered).ids)
-        except RenderingLimit as error:
-            raise DataError(
-                "The tokenizer does not take this text.",
-                why=f"It says: {error}.",
-                fix="Write it in another way, or use the tokenizer of the model's publisher.",
-            ) from error
+        return (*start, *self._control.encode(rendered).ids)
 
     def _check_length(self, prompt_tokens: int) -> int:
         """Tokens that the answer may have."""

@@ -105,7 +105,8 @@ def test_a_stopped_run_loses_one_step_at_most(
             code == -number and trial.steps() and lost_steps(trial)
         ):
             problems.append(f"exit code {code}: {process.text()[-2000:]}")
-        if code == 130 and trial.saved_steps() and "--resume" not in process.text():
+        # While libraries are imported nothing is there to go on with, and nothing is said.
+        if code == 130 and trial.steps() and "--resume" not in process.text():
             problems.append("how to go on was not said")
         lost = lost_steps(trial)
         if lost > 1:

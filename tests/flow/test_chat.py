@@ -20,6 +20,7 @@ from eightgig.chat import (
     open_conversation,
 )
 from eightgig.cli.app import main
+from eightgig.data.control import ControlTokens
 from eightgig.errors import DataError
 from eightgig.evaluation.questions import read_questions
 from eightgig.evaluation.tuned_run import open_run, plan_rows
@@ -108,6 +109,20 @@ def test_a_conversation_that_is_too_long_is_refused(conversation: Conversation) 
     with pytest.raises(DataError, match="are planned for"):
         next(conversation.ask("words and " * 400))
     assert "".join(conversation.ask(QUESTION)) == "green"
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_text_that_the_tokenizer_gives_up_on_is_refused(
+    conversation: Conversation, monkeypatch: pytest.MonkeyPatch, has_template: bool
+) -> None:
+    slow = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    tokenizer = json.loads(conversation._tuned.settings.tokenizer_json)
+    tokenizer["pre_tokenizer"] = {**slow, "invert": False}
+    monkeypatch.setattr(conversation, "_control", ControlTokens(json.dumps(tokenizer), ""))
+    if not has_template:
+        monkeypatch.setattr(conversation, "_template", None)
+    with pytest.raises(DataError, match="does not take this conversation"):
+        conversation.prompt_ids("a" * 60 + "b")
 
 
 def test_commands_do_what_their_list_says(conversation: Conversation) -> None:

@@ -81,7 +81,6 @@ class GroupWeight:
     ) -> None:
         self.group = group
         self.scratch = scratch
-        self._a = a
         self._scale = scale
         self._ops = ops
         in_size, out_size, rank_size = group.in_size, group.out_size, group.rank_size
@@ -110,7 +109,7 @@ class GroupWeight:
 
     def complete_input(self, x: Widened, dropout: Dropout | None) -> None:
         """Set `extra` of `x` to X A^T, where there is an adapter."""
-        if self._a is None or self._a_t is None:
+        if self._a_t is None:
             return
         if dropout is None:
             torch.mm(x.main, self._a_t, out=x.extra)
@@ -118,12 +117,12 @@ class GroupWeight:
         x.extra.zero_()
         for linear in self.group.adapted:
             dropped = self._drop(x.main, linear, dropout)
-            rows = self._a[linear.rank_columns]
-            torch.mm(dropped, rows.t(), out=x.extra[:, linear.rank_columns])
+            columns = self._a_t[:, linear.rank_columns]
+            torch.mm(dropped, columns, out=x.extra[:, linear.rank_columns])
 
     def forward(self, x: Widened, dropout: Dropout | None) -> Tensor:
         """The outputs (N, out) of all linears; completes `x` on the way."""
-        if self._a is None:
+        if self._a_t is None:
             return torch.mm(x.main, self._base.t())
         self.complete_input(x, dropout)
         return torch.mm(x.whole, self._with_b_t)
@@ -139,7 +138,7 @@ class GroupWeight:
             grads: float32 sums of the layer's gradients.
             dropout: As in `forward`.
         """
-        if self._a is None:
+        if self._a_t is None:
             return torch.mm(dy.main, self._base)
         torch.mm(dy.main, self._b, out=dy.extra)
         self._add_b_gradients(dy, x, grads)
@@ -151,7 +150,7 @@ class GroupWeight:
             through_a = dy.extra[:, linear.rank_columns]
             dropped = self._drop(x.main, linear, dropout)
             add_product(grads.a[linear.rank_columns], through_a.t(), dropped)
-            through = torch.mm(through_a, self._a[linear.rank_columns])
+            through = torch.mm(through_a, self._a_t[:, linear.rank_columns].t())
             dx += self._drop(through, linear, dropout)
         return dx
 

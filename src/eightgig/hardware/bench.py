@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
-from eightgig.hardware.probe import Rates, optimizer_threads
+from eightgig.hardware.probe import ADAMW_BYTES, Rates, optimizer_threads
 from eightgig.run import to_json
 from eightgig.units import MIB
 
@@ -166,7 +166,7 @@ def _adamw_rate(threads: int) -> float:
         return _cpu_seconds(move)
 
     with ThreadPoolExecutor(1) as thread:
-        return 7 * 4 * _ADAMW_NUMBERS / thread.submit(seconds).result()
+        return ADAMW_BYTES * _ADAMW_NUMBERS / thread.submit(seconds).result()
 
 
 def _cpu_seconds(work: Callable[[], object]) -> float:

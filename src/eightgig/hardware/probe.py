@@ -47,6 +47,8 @@ _CGROUP_LIMITS = (
 # Of a current desktop, estimated; `hardware.bench` measures both.
 USUAL_LAUNCH_SECONDS = 7e-6
 USUAL_HOST_BYTES_PER_SECOND = 25e9
+# AdamW reads and writes seven float32 numbers per parameter.
+ADAMW_BYTES = 7 * 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +63,8 @@ class Rates:
         both_ways_bytes_per_second: Sum of both directions at the same time.
         copy_engines: Copies that can run at the same time.
         launch_seconds: Python's time to launch a small operation on the device.
-        host_bytes_per_second: Bytes that AdamW reads and writes on the host, seven float32 numbers
-            per parameter, over the time that it takes on `optimizer_threads`, with scaling its
-            gradients and making its compute copy.
+        host_bytes_per_second: `ADAMW_BYTES` per parameter over the time that AdamW takes on
+            `optimizer_threads` of the host, with scaling its gradients and making its compute copy.
         is_measured: True when measured on this machine, False when taken from a table.
     """
 
@@ -119,7 +120,7 @@ class Hardware:
 
 def optimizer_threads() -> int:
     """Processors for AdamW on the host: the others are left to what feeds the GPU."""
-    return max(1, (os.cpu_count() or 1) // 3)
+    return max(1, cpu_threads() // 3)
 
 
 def probe(

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from eightgig.hardware.probe import Rates
+from eightgig.hardware.probe import ADAMW_BYTES, Rates
 from eightgig.memory.estimate import (
     HEAD_BYTES,
     Layout,
@@ -61,8 +61,6 @@ TILE_SECONDS = 0.00035
 BUNDLE_SECONDS = 0.0001
 DROPOUT_SECONDS = 0.00058
 PER_LAYER_INPUT_SECONDS = 0.00008
-# AdamW reads and writes seven float32 numbers per parameter.
-ADAMW_BYTES = 7 * 4
 # From the last gradient of a step to the first layer of the next the GPU has nothing to do.
 STEP_SECONDS = 0.025
 GATHER_BYTES_PER_SECOND = 4e9

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import triton
@@ -56,11 +57,7 @@ class Kernel:
             options: `num_warps`, `num_stages` and `enable_fp_fusion`, where they are not 4, 1, 1.
         """
         key, passed = self._read(arguments, constants, options)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            self._compile(key, grid, (*arguments, *constants), options)
-        else:
-            compiled(*grid, *passed, *constants)
+        self._run(key, grid, passed, (arguments, constants, options))
 
     def bind(
         self, grid: Grid, *arguments: Any, constants: tuple[int, ...], **options: int
@@ -68,14 +65,7 @@ class Kernel:
         """What launches with just these arguments, read once: for tensors that stay in place."""
         key, passed = self._read(arguments, constants, options)
 
-        def launch() -> None:
-            compiled = self._compiled.get(key)
-            if compiled is None:
-                self._compile(key, grid, (*arguments, *constants), options)
-            else:
-                compiled(*grid, *passed, *constants)
-
-        return launch
+        return partial(self._run, key, grid, passed, (arguments, constants, options))
 
     def _read(
         self, arguments: Sequence[Any], constants: tuple[int, ...], options: dict[str, int]
@@ -109,15 +99,27 @@ class Kernel:
                     keep(argument.base.dtype)
         return tuple(key), passed
 
-    def _compile(
+    def _run(
         self,
         key: tuple[object, ...],
         grid: Grid,
-        parameters: tuple[Any, ...],
-        options: dict[str, int],
+        passed: Sequence[Any],
+        given: tuple[tuple[Any, ...], tuple[int, ...], dict[str, int]],
     ) -> None:
-        """Run through Triton, which compiles, and keep what it made."""
-        compiled = self.jit[grid](*parameters, **{"num_warps": 4, "num_stages": 1, **options})
+        """Launch what was compiled for `key`; else run through Triton and keep what it compiles.
+
+        Args:
+            key, passed: From `_read`.
+            grid: Programs.
+            given: Arguments, constants and options that they were read from.
+        """
+        arguments, constants, options = given
+        launch = self._compiled.get(key)
+        if launch is not None:
+            launch(*grid, *passed, *constants)
+            return
+        options = {"num_warps": 4, "num_stages": 1, **options}
+        compiled = self.jit[grid](*arguments, *constants, **options)
         if isinstance(compiled, CompiledKernel):  # the interpreter returns nothing
             self._compiled[key] = _launcher(compiled)
 

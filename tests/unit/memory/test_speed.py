@@ -31,6 +31,7 @@ H100 = cases.rates(
     device_to_host_bytes_per_second=54.2e9,
     both_ways_bytes_per_second=78.8e9,
     copy_engines=2,
+    launch_seconds=1.2e-5,
 )
 
 
@@ -65,12 +66,12 @@ def test_a_card_is_forecast_near_what_its_arithmetic_allows() -> None:
 
 
 def test_small_layers_on_a_fast_card_wait_for_python() -> None:
-    work = cases.workload(cases.gemma("E2B"), max_length=512)
-    layout = dataclasses.replace(LAYOUT, micro_batch_tokens=512)
+    work = cases.workload(cases.gemma("E2B"), max_length=1024)
+    layout = dataclasses.replace(LAYOUT, micro_batch_tokens=1024)
     faster = dataclasses.replace(H100, gemm_flops_per_second=2e15)
     times = [speed.step_time(work, layout, rates) for rates in (H100, faster)]
     assert times[1].seconds == pytest.approx(times[0].seconds, rel=0.05)
-    together = dataclasses.replace(layout, micro_batch_tokens=4096)
+    together = dataclasses.replace(layout, micro_batch_tokens=8192)
     assert speed.step_time(work, together, H100).seconds < 0.5 * times[0].seconds
 
 
@@ -166,7 +167,7 @@ def test_kept_outputs_save_products_and_cost_copies() -> None:
 def test_the_host_optimizer_hides_behind_a_long_step() -> None:
     host = cases.workload(cases.gemma("12B"), max_length=2048)
     time = speed.step_time(host, LAYOUT, cases.rates())
-    assert time.optimizer_seconds > 0.03
+    assert time.optimizer_seconds > 0.05
     assert time.seconds == pytest.approx(time.compute_seconds, rel=0.01)
 
 

@@ -106,6 +106,21 @@ def nan_moment(first: int, last: int, value: str) -> None:
     _before_steps(lambda engine, prepared: now.__setitem__(0, prepared.step))
 
 
+def stop_at_report(number: int) -> None:
+    """A signal arrives when all is trained and saved, and the report is about to be written."""
+    from eightgig.web import report
+
+    real_write = report.write_report
+    signals = [number]
+
+    def write(run: Any) -> None:
+        if signals:
+            signal.raise_signal(signals.pop())
+        real_write(run)
+
+    report.write_report = write
+
+
 def _before_steps(work: Callable[[Any, Any], object]) -> None:
     from eightgig.training import worker
 

@@ -199,8 +199,9 @@ def train(
     from eightgig.run import check_run
     from eightgig.web.report import write_report
 
-    with TrainingView(settings, as_json=as_json) as view:
-        try:
+    view = TrainingView(settings, as_json=as_json)
+    try:
+        with view:
             for report in finetune(
                 settings,
                 resume=resume,
@@ -208,15 +209,15 @@ def train(
                 observe=view.notice,
             ):
                 view.step(report)
-        except (KeyboardInterrupt, TrainingStopped) as stop:
-            if view.last_report is not None:
-                write_report(check_run(settings, resume=True))
-            if isinstance(stop, KeyboardInterrupt):
-                words = _resume_command(config, overrides or ())
-                render.show_note(f"Interrupted. Go on with: {words}")
-            raise
-    write_report(check_run(settings, resume=True))
-    render.show_trained(settings, view.last_report, as_json=as_json)
+        write_report(check_run(settings, resume=True))
+        render.show_trained(settings, view.last_report, as_json=as_json)
+    except (KeyboardInterrupt, TrainingStopped) as stop:
+        if view.last_report is not None:
+            write_report(check_run(settings, resume=True))
+        if isinstance(stop, KeyboardInterrupt):
+            words = _resume_command(config, overrides or ())
+            render.show_note(f"Interrupted. Go on with: {words}")
+        raise
 
 
 def _resume_command(config: Path, overrides: Sequence[str]) -> str:

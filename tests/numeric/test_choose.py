@@ -1,5 +1,7 @@
 """Which version of an operation runs, and why."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -30,6 +32,22 @@ def test_triton_where_it_cannot_work_is_an_error_with_why_and_fix() -> None:
         choose_ops(device="cpu", dtype=torch.float32, kernels="triton")
     assert "needs a GPU" in caught.value.why
     assert "kernels: auto" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["runtime.errors.PTXASError", "errors.TritonError"])
+def test_a_gpu_that_triton_cannot_compile_for_gets_the_plain_definitions(monkeypatch, name) -> None:
+    module, _, kind = name.rpartition(".")
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    error = getattr(importlib.import_module(f"{triton.__name__}.{module}"), kind)
+
+    def rms_norm(*_):
+        raise error("ptxas does not know sm_999\nand says so at length")
+
+    monkeypatch.setattr("eightgig.ops.triton_norm.rms_norm", rms_norm)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    lacking = choose._why_no_triton("cuda", torch.bfloat16)
+    assert lacking.startswith("Triton does not work: ")
+    assert lacking.endswith("ptxas does not know sm_999")
 
 
 def test_the_probe_finds_the_definition_in_order() -> None:

@@ -147,9 +147,19 @@ def _why_no_triton(device: str, dtype: torch.dtype) -> str:
 
         ones = torch.ones(1, 64, dtype=dtype, device=device)
         result = float(rms_norm(ones, None, 0.0).float().mean())
-    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+    except _triton_failures() as error:
         return f"Triton does not work: {_first_line(error)}"
     return "" if result == 1.0 else f"Triton computes wrongly: {result} instead of 1"
+
+
+def _triton_failures() -> tuple[type[Exception], ...]:
+    """What importing, compiling and launching raise on a machine where Triton does not work."""
+    usual = (RuntimeError, ImportError, OSError, subprocess.SubprocessError)
+    try:
+        from triton.errors import TritonError
+    except (ImportError, OSError):
+        return usual
+    return (*usual, TritonError)  # such as that of a ptxas that does not know the GPU
 
 
 def _triton_ops(head_dims: Sequence[int]) -> Ops:

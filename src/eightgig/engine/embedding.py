@@ -71,6 +71,10 @@ class Embedding:
         self._dtype = dtype
         self._hidden_dtype = hidden_dtype
         self._device = device
+        # Transformers rounds the scale to the dtype of the weights it multiplies. Sent anew for
+        # each micro-batch it would make Python wait for all that the device has still to do.
+        scale_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self._scale = torch.tensor(decoder.embedding_scale, dtype=scale_dtype, device=device)
         self._frequencies = {}
         for layer in decoder.layers:
             frequencies, factor = inverse_frequencies(layer.rope, layer.head_dim)
@@ -108,17 +112,11 @@ class Embedding:
             label_index=to_device(inputs.label_index, device),
             labels=batch.labels[inputs.label_index].astype(np.int64),
         )
-        embedded = inputs.embedding.to(device, non_blocking=True).to(self._scale_dtype)
-        # Transformers rounds the scale to the dtype of the weights it multiplies.
-        scale = torch.tensor(self._decoder.embedding_scale, dtype=self._scale_dtype)
-        embedded = embedded * scale.to(device)
+        embedded = inputs.embedding.to(device, non_blocking=True).to(self._scale.dtype)
+        embedded = embedded * self._scale
         if inputs.ple is not None:
             micro_batch.ple = self._per_layer_inputs(embedded.to(self._dtype), inputs.ple)
         return embedded.to(self._hidden_dtype), micro_batch
-
-    @property
-    def _scale_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self._dtype == torch.bfloat16 else torch.float32
 
     def close(self) -> None:
         """Stop the gathering thread."""

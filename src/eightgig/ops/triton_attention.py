@@ -558,15 +558,6 @@ def gradient_of_kv(
     return grads[0], grads[1]
 
 
-def backward_scratch_bytes(
-    tokens: int, kv_heads: int, group: int, head_dim: int, tiles: AttentionTiles
-) -> int:
-    """Bytes that `attention_backward` takes beside its results, at most."""
-    splits = _splits(tokens, kv_heads, group, tiles)
-    delta = 4 * tokens * kv_heads * group
-    return delta + (2 * 4 * splits * tokens * kv_heads * head_dim if splits > 1 else 0)
-
-
 def _splits(tokens: int, kv_heads: int, group: int, tiles: AttentionTiles) -> int:
     """Programs that share the query heads of one kv head, so that every processor has work.
 

@@ -93,7 +93,6 @@ class Ring:
         self._cycles: dict[tuple[tuple[int, ...], tuple[int | None, ...]], Cycle] = {}
         self._visits: tuple[int, ...] = ()
         self._at = 0
-        self.copied_bytes = 0
 
     @property
     def num_slots(self) -> int:
@@ -161,14 +160,12 @@ class Ring:
         self._ready[load.slot] = self._lane.copy(load.slot, parts)
         self._contents[load.slot] = load.item
         self._versions[load.slot] = self._version
-        self.copied_bytes += item.frozen.numel() + item.changing_bytes
 
     def _copy_changing(self, index: int, slot: int) -> None:
         item = self.items[index]
         if item.changing is not None:
             parts = _parts(item, self._slots[slot], None, item.changing())
             self._ready[slot] = self._lane.copy(slot, parts)
-            self.copied_bytes += item.changing_bytes
         self._versions[slot] = self._version
 
     def _prefetch_changing(self) -> None:

@@ -41,7 +41,16 @@ class LayerWeights:
 
 @dataclass(kw_only=True)
 class AttentionSaved:
-    """What the backward of the attention half needs, recomputed in the same visit."""
+    """What the backward of the attention half needs, recomputed in the same visit.
+
+    Attributes:
+        normed: Normed input, (N, D).
+        qkv: Output of the joined projections, (N, `HeadLayout.width`).
+        q, k, v: Heads after norm and rotation, (N, H or K, hd).
+        attended: Output of attention, (N, H hd).
+        lse: What `Ops.attention` returns beside its output.
+        projected: Output of `o_proj`, (N, D).
+    """
 
     normed: Widened
     qkv: Tensor
@@ -55,7 +64,17 @@ class AttentionSaved:
 
 @dataclass(kw_only=True)
 class MlpSaved:
-    """What the backward of the MLP half needs, for one tile."""
+    """What the backward of the MLP half needs, for one tile of T tokens.
+
+    Attributes:
+        normed: Normed input, (T, D).
+        gate, up: Outputs of the joined projections, (T, F).
+        product: activation(gate) * up, (T, F).
+        projected: Output of `down_proj`, (T, D).
+        ple_input: The layer's per-layer inputs, (T, P); None, like all below, without them.
+        ple_gate, ple_product: What they are gated by, and the product, (T, P).
+        ple_projected: That product back in the hidden size, (T, D).
+    """
 
     normed: Widened
     gate: Tensor
@@ -165,10 +184,12 @@ class DecoderLayer:
         for number, tile in enumerate(self._tiles(batch)):
             self._mlp_backward(
                 weights,
-                (_part(middle, tile), _part(grad, tile), kept.get(f"down_proj.{number}")),
+                _part(middle, tile),
+                _part(grad, tile),
                 batch,
                 tile,
                 grads,
+                projected=kept.get(f"down_proj.{number}"),
             )
         return self._attention_backward(weights, hidden, middle, batch, saved, grads)
 
@@ -333,7 +354,10 @@ class DecoderLayer:
         tile: slice,
         projected: Tensor | None,
     ) -> tuple[MlpSaved, Tensor]:
-        """What the MLP half makes of one tile, and what `_mlp_out` adds the last of it to."""
+        """What the MLP half makes of one tile, and what `_mlp_out` adds the last of it to.
+
+        `projected` is the output of `down_proj` where it was kept: then it is not computed again.
+        """
         ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch, tile)
         gate_up_weight, down_weight = weights.groups["gate_up"], weights.groups["down"]
         normed = gate_up_weight.new_input(len(hidden))
@@ -368,22 +392,26 @@ class DecoderLayer:
     def _mlp_backward(
         self,
         weights: LayerWeights,
-        step: tuple[Tensor, Tensor, Tensor | None],
+        hidden: Tensor,
+        grad: Tensor,
         batch: MicroBatch,
         tile: slice,
         grads: Mapping[str, GroupMasters],
+        *,
+        projected: Tensor | None,
     ) -> None:
         """Put the gradient of the MLP half's input in its place.
 
         Args:
             weights: Of this visit.
-            step: Input, gradient of the output, and kept output of one tile.
+            hidden: Input of one tile, (T, D); the gradient is written over it.
+            grad: Gradient of the layer's output, (T, D).
             batch: The micro-batch.
             tile: Its tokens.
             grads: float32 sums of the adapter's gradients, by group; added to.
+            projected: Output of `down_proj`, (T, D), where `forward` kept it.
         """
-        hidden, grad, kept = step
-        saved = self._mlp_forward(weights, hidden, batch, tile, kept)[0]
+        saved = self._mlp_forward(weights, hidden, batch, tile, projected)[0]
         ops, dense, dropout = self._ops, weights.dense, self._dropout_of(batch, tile)
         gate_up_weight, down_weight = weights.groups["gate_up"], weights.groups["down"]
         scalar = dense.get("layer_scalar")

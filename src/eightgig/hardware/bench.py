@@ -47,7 +47,9 @@ def measure_rates(
     *,
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
 ) -> Rates:
-    """Speeds of this machine, in about two seconds and 500 MiB of the device, given back.
+    """Speeds of this machine, in about two seconds and 500 MiB each of device and main memory.
+
+    What the device lent is given back.
 
     Args:
         device: Where layers will compute.

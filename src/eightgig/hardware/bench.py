@@ -140,19 +140,35 @@ def _cpu_rates() -> Rates:
         both_ways_bytes_per_second=copied,
         copy_engines=1,
         is_measured=True,
-        host_bytes_per_second=_adamw_rate(torch.get_num_threads()),
+        host_bytes_per_second=_adamw_rate(None),
     )
 
 
-def _adamw_rate(threads: int) -> float:
-    """See `Rates.host_bytes_per_second`; on some processors.
+def optimizer_thread(processors: int | None) -> ThreadPoolExecutor:
+    """A thread for AdamW on the host that uses so many processors; None: as many as any other.
 
-    In a thread of its own, as in training: the number of processors is a thread's.
+    torch hands the number that was set last, by whichever thread, to every thread when it first
+    computes. So that of the calling thread is set again, or all later threads would have as few.
     """
     import torch
 
+    def use_processors(count: int) -> None:
+        torch.get_num_threads()  # from now on this thread is handed nothing
+        torch.set_num_threads(count)
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="eightgig-adamw")
+    if processors is not None:
+        usual = torch.get_num_threads()
+        thread.submit(use_processors, processors).result()
+        torch.set_num_threads(usual)
+    return thread
+
+
+def _adamw_rate(processors: int | None) -> float:
+    """See `Rates.host_bytes_per_second`; in a thread as in training."""
+    import torch
+
     def seconds() -> float:
-        torch.set_num_threads(threads)
         numbers = torch.zeros(_ADAMW_NUMBERS)
         numbers.grad = torch.ones_like(numbers)
         compute = torch.empty_like(numbers, dtype=torch.bfloat16)
@@ -167,7 +183,7 @@ def _adamw_rate(threads: int) -> float:
 
         return _cpu_seconds(move)
 
-    with ThreadPoolExecutor(1) as thread:
+    with optimizer_thread(processors) as thread:
         return ADAMW_BYTES * _ADAMW_NUMBERS / thread.submit(seconds).result()
 
 

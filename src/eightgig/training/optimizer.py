@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from eightgig.adapters.lora import Adapter, named_views
 from eightgig.config import TrainConfig
 from eightgig.engine.gradients import Gradients
 from eightgig.errors import HardwareError
+from eightgig.hardware.bench import optimizer_thread
 from eightgig.hardware.probe import optimizer_threads
 
 _HOST_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -89,11 +89,8 @@ class HostAdamW:
         self._is_scaled = self._is_interrupted = False
         self._make_moments()
         drives_gpu = gradients.device.type == "cuda"
-        self._thread = ThreadPoolExecutor(
-            1,
-            thread_name_prefix="eightgig-adamw",
-            initializer=_leave_cores if drives_gpu else None,
-        )
+        # The others are left to the thread that feeds the GPU; moving numbers needs only some.
+        self._thread = optimizer_thread(optimizer_threads() if drives_gpu else None)
 
     def start_step(self, learning_rate: float, grad_scale: float) -> None:
         """Queue the update of every layer, in the order the next forward pass needs them."""
@@ -210,11 +207,6 @@ def _layer_runs(adapter: Adapter) -> list[_LayerRun]:
         if place.stop > place.start:
             runs.append(_LayerRun(layers, place, adapter.whole[place]))
     return runs
-
-
-def _leave_cores() -> None:
-    """Leave processors to the thread that feeds the GPU; moving numbers needs only some."""
-    torch.set_num_threads(optimizer_threads())
 
 
 class EightBitAdamW:

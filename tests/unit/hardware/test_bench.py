@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -31,6 +33,35 @@ def test_a_processor_s_rates_are_positive_and_measured(monkeypatch: pytest.Monke
     assert min(rates.gemm_flops_per_second, rates.memory_bytes_per_second) > 0
     assert 1e8 < rates.host_bytes_per_second < 1e13
     assert rates.host_bytes_per_second != USUAL_HOST_BYTES_PER_SECOND
+
+
+@pytest.fixture
+def five_processors() -> Iterator[None]:
+    """More than the optimizer takes of them, whatever this machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    yield
+    torch.set_num_threads(before)
+
+
+def processors_of_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.usefixtures("five_processors")
+def test_the_optimizer_s_thread_takes_no_processors_from_other_threads() -> None:
+    with bench.optimizer_thread(2) as thread:
+        assert processors_of_a_new_thread() == 5
+        assert torch.get_num_threads() == 5
+        assert thread.submit(torch.get_num_threads).result() == 2
+
+
+@pytest.mark.usefixtures("five_processors")
+def test_measuring_takes_no_processors_from_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_ADAMW_NUMBERS", 1 << 16)
+    assert bench._adamw_rate(2) > 0
+    assert processors_of_a_new_thread() == 5
 
 
 def test_a_real_nf4_step_agrees_with_float32() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from eightgig.training import optimizer
 from eightgig.training.optimizer import Optimizer
 from tests import jobs
 
@@ -148,3 +149,16 @@ def test_who_waits_for_gradients_hears_of_it_once(
     bench.optimizer.finish()
     gradients.begin_step()
     assert not gradients.whole.any()
+
+
+def test_beside_a_gpu_adamw_leaves_processors_to_the_thread_that_feeds_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Bench(base, tmp_path, "adamw_torch").job
+    adapter, gradients = job.engine.adapter, job.engine.gradients
+    assert adapter is not None
+    assert gradients is not None
+    gradients.device = torch.device("cuda")
+    monkeypatch.setattr(optimizer, "optimizer_threads", lambda: torch.get_num_threads() + 1)
+    made = optimizer.HostAdamW(adapter, gradients, job.config.train)
+    assert made._thread.submit(torch.get_num_threads).result() == torch.get_num_threads() + 1

@@ -176,7 +176,7 @@ def check_capability(facts: Facts) -> Iterator[Finding]:
             severity="note",
             code="doctor.no_bfloat16",
             message=f"{gpu.name} (compute capability {shown}) has no fast bfloat16.",
-            why="Layers compute in float16 with a float32 residual stream and a scaled loss.",
+            why="Layers compute in float16 with a float32 residual stream.",
             fix="Nothing to do.",
         )
 

@@ -194,8 +194,7 @@ def judge_gradient(memory: Memory, *, step: int, loss: float, grad_norm: float) 
         memory: What the guards remember; empty at the start of a run.
         step: The optimizer step, 1-based.
         loss: Mean loss of the step.
-        grad_norm: Norm of the whole gradient before clipping. With fp16 loss scaling, steps that
-            the scaler repeats are not judged.
+        grad_norm: Norm of the whole gradient before clipping.
 
     Returns:
         Action `skip` or `stop` where the step must not be taken: the adapter stays as it is.

@@ -17,6 +17,7 @@ from eightgig.errors import Finding, Severity
 from eightgig.evaluation.loss import RowLosses
 from eightgig.memory.plan import Plan
 from eightgig.training.selftest import GradientCheck
+from eightgig.units import format_bytes
 
 SAVE_RATIO = 0.02
 """Share of the time between two checkpoints that writing one may take."""
@@ -169,8 +170,10 @@ def judge_peak(plan: Plan, peak_bytes: int) -> Finding | None:
     return make_finding(
         "warning",
         "peak",
-        f"The trial took {peak_bytes:,} bytes of the device; {plan.peak_bytes:,} were planned.",
-        why=f"{plan.budget_bytes:,} may be taken; beyond that the run gives something up.",
+        f"The trial took {format_bytes(peak_bytes)} of the device, "
+        f"{format_bytes(peak_bytes - plan.peak_bytes)} more than planned.",
+        why=f"{format_bytes(plan.budget_bytes)} may be taken; beyond that the run gives "
+        "something up.",
         fix="Set memory.budget lower to be on the safe side, and report it with plan.json.",
     )
 

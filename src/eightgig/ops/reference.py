@@ -1,7 +1,8 @@
 """The plain definition of every operation; fast versions are tested against these.
 
-Shapes: B batch, T tokens of a row, N tokens of a micro-batch, D hidden, V vocabulary, R rank,
-H heads, K kv heads, hd head_dim, F feed-forward, C vocabulary rows of a head chunk.
+Shapes: B batch, T tokens of a row or of a tile, N tokens of a micro-batch, D hidden, V vocabulary,
+R rank, H heads, K kv heads, hd head_dim, F feed-forward, C vocabulary rows of a head chunk,
+L layers, P per-layer inputs.
 
 Sums, norms and softmax are taken in float32 (float64 for float64 tensors); results are stored in
 the dtype of the input. `out` may be a view whose rows lie further apart than they are long.

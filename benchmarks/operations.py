@@ -3,7 +3,7 @@
 Shapes are Gemma 4 12B's. The floor counts each input read once and each output written once, at
 the rate of a device-to-device copy measured first.
 
-    python benchmarks/kernels.py --tokens 2048 --out kernels.json
+    python benchmarks/operations.py --tokens 2048 --out operations.json
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from eightgig.errors import ConfigError, DoesNotFitError, ModelError, RunError
 from eightgig.finetune import finetune
 from eightgig.models.checkpoint import read_model_spec
 from eightgig.training import identity, worker
-from tests import engines, tiny
+from eightgig.training.step import PreparedStep, make_schedule, prepare_step, run_step
+from tests import engines, jobs, tiny
 
 STEPS = 6
 
@@ -264,3 +265,23 @@ def test_8_bit_optimizers_train_and_resume(folder: Path, tmp_path: Path, optim: 
     whole, parts = results
     for tensor_name, tensor in whole.items():
         assert torch.equal(parts[tensor_name], tensor), tensor_name
+
+
+def test_float16_keeps_the_gradients_of_steps_with_many_loss_tokens(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In the mean over so many tokens each is smaller than the least number of float16.
+    monkeypatch.setattr(PreparedStep, "loss_tokens", 1 << 24)
+    gradients, norms = {}, {}
+    for dtype in ("float32", "float16"):
+        config = jobs.make_config(folder, tmp_path / dtype)
+        job = jobs.make_job(config, plan={"compute_dtype": dtype})
+        schedule = make_schedule(config, job.rows, job.plan.micro_batch_tokens)
+        prepared = prepare_step(job.engine, schedule.batches(1), step=1, seed=None)
+        norms[dtype] = run_step(job.engine, prepared)[1]
+        assert job.engine.gradients is not None
+        gradients[dtype] = job.engine.gradients.whole.clone()
+        job.engine.close()
+    expected = gradients["float32"]
+    assert torch.dist(gradients["float16"], expected) < 0.01 * torch.linalg.vector_norm(expected)
+    assert norms["float16"] == pytest.approx(norms["float32"], rel=0.01)

@@ -66,6 +66,13 @@ class Gradients:
         """Let `reader` use the sums in the background; `open` waits until it is done."""
         self._reader = reader
 
+    def divide(self, divisor: float) -> None:
+        """Divide all sums of a step that has no more groups; blocks the calling thread."""
+        for layer in range(len(self.sums)):
+            self.wait(layer)
+        self.whole.div_(divisor)
+        self._norms.div_(divisor)
+
     def norm(self) -> float:
         """Norm of the whole gradient; waits for the device."""
         return float(torch.linalg.vector_norm(self._norms))

@@ -176,7 +176,8 @@ def check_capability(facts: Facts) -> Iterator[Finding]:
             severity="note",
             code="doctor.no_bfloat16",
             message=f"{gpu.name} (compute capability {shown}) has no fast bfloat16.",
-            why="Layers compute in float16 with a float32 residual stream.",
+            why="Layers compute in float16 with a float32 residual stream; the gradients of a step "
+            "are divided by its loss tokens in float32.",
             fix="Nothing to do.",
         )
 

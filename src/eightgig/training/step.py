@@ -178,12 +178,17 @@ def run_step(
     inputs = [future.result() for future in prepared.inputs]
     # A step without loss tokens has loss and gradient 0; the guards speak of it.
     loss_tokens = max(prepared.loss_tokens, 1)
+    # Those of the mean would be too small for float16: it has the sum's, divided in float32.
+    divisor = loss_tokens if engine.model.dtype == torch.float16 else 1
     size = engine.model.micro_batches_per_visit
     losses = []
     for start in range(0, len(inputs), size):
         between()
         visit = inputs[start : start + size]
-        losses.append(engine.model.gradients(visit, loss_tokens, engine.gradients).values)
+        result = engine.model.gradients(visit, loss_tokens // divisor, engine.gradients)
+        losses.append(result.values)
+    if divisor > 1:
+        engine.gradients.divide(divisor)
     return float(torch.cat(losses).sum()) / loss_tokens, engine.gradients.norm()
 
 

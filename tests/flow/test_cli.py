@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from rich.console import Console
@@ -231,12 +232,87 @@ def test_other_versions_must_be_allowed_by_name(
     assert training.allowed == is_allowed
 
 
+def _pipe_without_a_reader() -> IO[str]:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+def _full_disk() -> IO[str]:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    return Path("/dev/full").open("w", encoding="utf-8")
+
+
+@pytest.fixture(params=[_pipe_without_a_reader, _full_disk])
+def lost(request: pytest.FixtureRequest) -> Iterator[IO[str]]:
+    """A stream that takes nothing."""
+    with request.param() as stream:
+        yield stream
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("streams", [["stdout"], ["stderr"], ["stdout", "stderr"]])
+def test_a_training_outlives_whoever_reads_it(
+    config: Path,
+    training: FakeTraining,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: IO[str],
+    options: list[str],
+    streams: list[str],
+) -> None:
+    for name in streams:
+        monkeypatch.setattr(sys, name, lost)
+    training.end = KeyboardInterrupt()
+    assert main(["train", str(config), *options]) == 130, "the loop must hear of it and save"
+    training.end = None
+    assert main(["train", str(config), *options]) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_result_that_cannot_be_written_is_said_so(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    with _full_disk() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        asked = ["plan", "--model", "google/gemma-4-12B-it", "--vram", "8GiB", *options]
+        assert main(asked) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: The result cannot be written: No space left on device.\nwhy: ")
+
+
 def test_a_guard_ends_with_3(
     config: Path, training: FakeTraining, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training.end = TrainingStopped("The loss is NaN.", why="It cannot recover.", fix="Resume.")
     assert main(["train", str(config)]) == 3
     assert capsys.readouterr().err.startswith("error: The loss is NaN.\nwhy:   It cannot")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "Go on with: "),
+        (TrainingStopped("It is NaN.", why="", fix=""), 3, "error: It is NaN."),
+    ],
+)
+def test_a_report_that_cannot_be_written_hides_not_why_a_run_stopped(
+    config: Path,
+    training: FakeTraining,
+    capsys: pytest.CaptureFixture[str],
+    end: BaseException,
+    code: int,
+    words: str,
+) -> None:
+    (config.parent / "runs" / "first" / "report.html").mkdir(parents=True)
+    training.end = end
+    assert main(["train", str(config), "--resume"]) == code
+    shown = capsys.readouterr().err
+    assert "The report was not written to " in shown
+    assert words in shown
 
 
 def test_a_fault_of_ours_ends_with_1_and_a_traceback_without_secrets(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eightgig.cli import render
-from eightgig.config import read_config, starting_values, store_folder, write_example
-from eightgig.errors import DataError, DoesNotFitError, HardwareError, TrainingStopped
+from eightgig.config import Config, read_config, starting_values, store_folder, write_example
+from eightgig.errors import DataError, DoesNotFitError, HardwareError, RunError, TrainingStopped
 
 if TYPE_CHECKING:
     from eightgig.cli.inputs import Asked
@@ -213,11 +213,22 @@ def train(
         render.show_trained(settings, view.last_report, as_json=as_json)
     except (KeyboardInterrupt, TrainingStopped) as stop:
         if view.last_report is not None:
-            write_report(check_run(settings, resume=True))
+            _report_stopped(settings)
         if isinstance(stop, KeyboardInterrupt):
             words = _resume_command(config, overrides or ())
             render.show_note(f"Interrupted. Go on with: {words}")
         raise
+
+
+def _report_stopped(settings: Config) -> None:
+    """Write the report; where it cannot be, why the run stopped matters more."""
+    from eightgig.run import check_run
+    from eightgig.web.report import write_report
+
+    try:
+        write_report(check_run(settings, resume=True))
+    except RunError as error:
+        render.show_note(f"{error.message} {error.fix}")
 
 
 def _resume_command(config: Path, overrides: Sequence[str]) -> str:

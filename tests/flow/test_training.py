@@ -226,6 +226,18 @@ def test_a_report_that_cannot_be_written_leaves_no_run_folder(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["lock", "log.txt", "environment.json", "data.json", "metrics.jsonl", "events.jsonl"]
+)
+def test_what_a_run_cannot_begin_without_is_said_to_be_unwritable(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    config = _config(folder, tmp_path)
+    (tmp_path / "runs" / "run" / name).mkdir(parents=True)
+    with pytest.raises(RunError, match="run cannot be written: Is a directory"):
+        next(finetune(config, resume=True))
+
+
 def test_a_step_that_is_not_finite_leaves_the_adapter_as_it_was(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

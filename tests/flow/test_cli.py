@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import pytest
 from rich.console import Console
@@ -202,6 +202,21 @@ def test_an_interrupted_training_ends_with_130_and_says_how_to_go_on(
     shown = capsys.readouterr()
     assert shown.err.splitlines() == [f"Interrupted. Go on with: eightgig train {config} --resume"]
     assert "Adapter" not in shown.out
+
+
+def test_a_second_interruption_during_the_report_hides_not_how_to_go_on(
+    config: Path,
+    training: FakeTraining,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eightgig.web.report.write_report", interrupted)
+    training.end = KeyboardInterrupt()
+    assert main(["train", str(config)]) == 130
+    assert f"eightgig train {config} --resume" in capsys.readouterr().err
 
 
 def test_an_interruption_that_python_wrapped_is_one_still(

@@ -212,11 +212,11 @@ def train(
         write_report(check_run(settings, resume=True))
         render.show_trained(settings, view.last_report, as_json=as_json)
     except (KeyboardInterrupt, TrainingStopped) as stop:
-        if view.last_report is not None:
-            _report_stopped(settings)
-        if isinstance(stop, KeyboardInterrupt):
+        if isinstance(stop, KeyboardInterrupt):  # first: another Ctrl-C may end the report
             words = _resume_command(config, overrides or ())
             render.show_note(f"Interrupted. Go on with: {words}")
+        if view.last_report is not None:
+            _report_stopped(settings)
         raise
 
 

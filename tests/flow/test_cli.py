@@ -123,6 +123,23 @@ def test_an_unknown_command_is_the_users_to_mend(capsys: pytest.CaptureFixture[s
     assert "train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "run", "--max-answers", "-1"],
+        ["eval", "run", "--max-new-tokens", "0"],
+        ["chat", "run", "--temperature", "-1"],
+        ["chat", "run", "--max-tokens", "0"],
+        ["chat", "run", "--seed", "99999999999999999999"],
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_name(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert f"Invalid value for '{words[2]}'" in capsys.readouterr().err
+
+
 def test_a_faulty_config_gives_three_lines_and_exit_2(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -258,10 +258,10 @@ def evaluate(  # noqa: PLR0913 - the arguments of a command are its options
     run: RunFolder,
     overrides: Overrides = None,
     max_answers: Annotated[
-        int, typer.Option(metavar="N", help="Held-out rows that are answered.")
+        int, typer.Option(metavar="N", min=0, help="Held-out rows that are answered.")
     ] = 200,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Longest answer in tokens.")
+        int | None, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")
     ] = None,
     general_text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text to measure forgetting on.")
@@ -313,10 +313,12 @@ def chat(  # noqa: PLR0913 - the arguments of a command are its options
     with_base: Annotated[bool, typer.Option("--base", help="Begin with the adapter off.")] = False,
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 takes the likeliest token; by default as the model says."),
+        typer.Option(min=0, help="0 takes the likeliest token; by default as the model says."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")
+    ] = 1024,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the draws.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Talk with a tuned model, and with its base model beside it."""

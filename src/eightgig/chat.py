@@ -120,8 +120,10 @@ class Conversation:
         """Tokens of the conversation with `text` as its last turn, the answer's turn opened.
 
         Raises:
-            DataError: The template or the tokenizer does not take this conversation.
+            DataError: The template or the tokenizer does not take this conversation, or it is no
+                text.
         """
+        _require_text(self.system or "", text)
         try:
             if self._template is None:
                 return self._plain_ids(text)
@@ -210,6 +212,17 @@ class Conversation:
                 fix="Begin anew with /reset, or ask for shorter answers with --max-tokens.",
             )
         return most
+
+
+def _require_text(*parts: str) -> None:
+    try:
+        "".join(parts).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "The text is not UTF-8.",
+            why="It holds bytes that are no characters.",
+            fix="Write it again; if this comes again, set terminal or file to UTF-8.",
+        ) from error
 
 
 class TextPieces:

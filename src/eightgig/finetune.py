@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from eightgig.config import Config, store_folder
 from eightgig.hardware.allocator import prepare_allocator
-from eightgig.run import check_run, create_run, describe_environment, log_to, write_json
+from eightgig.run import check_run, create_run, describe_environment, log_to, write_json, writing_to
 
 if TYPE_CHECKING:
     from eightgig.training.step import StepReport
@@ -84,8 +84,9 @@ def finetune(
 
     run = create_run(config, resume=resume)
     with lock_run(run), log_to(run):
-        write_json(run.plan_path, plan)
-        write_json(run.environment_path, describe_environment(device=hardware.name))
+        with writing_to(run.folder):
+            write_json(run.plan_path, plan)
+            write_json(run.environment_path, describe_environment(device=hardware.name))
         store = open_store(
             found.spec,
             checkpoint_of(found),
@@ -100,7 +101,8 @@ def finetune(
             observe(item)
         allow, data = allow_changed_versions, (rows, held_out)
         start = begin(run, config, loaded, source, data, observe, allow_changed_versions=allow)
-        write_json(run.data_path, data_facts(rows, held_out, tokenizer))
+        with writing_to(run.folder):
+            write_json(run.data_path, data_facts(rows, held_out, tokenizer))
         job = Job(run, config, found.spec, plan, rows, held_out, store, engine, start)
         yield from train(job, observe)
         deliver_adapter(job, tokenizer)

@@ -170,11 +170,16 @@ def test_a_checkpoint_under_another_step_is_not_taken_for_it(run: Run) -> None:
     assert found.path == run.checkpoints_path / "step-000005"
 
 
-def test_a_linked_checkpoint_is_not_followed(run: Run) -> None:
+def test_a_linked_checkpoint_is_not_followed_and_that_is_said(run: Run) -> None:
     outside = run.folder.parent / "outside"
     (run.checkpoints_path / "step-000010").rename(outside)
     (run.checkpoints_path / "step-000010").symlink_to(outside, target_is_directory=True)
-    assert find_checkpoint(run).path == run.checkpoints_path / "step-000005"
+    (run.checkpoints_path / "step-000004").symlink_to(outside, target_is_directory=True)
+    found = find_checkpoint(run)
+    assert found.path == run.checkpoints_path / "step-000005"
+    (skipped,) = found.skipped
+    assert skipped.message == "Checkpoint step-000010 is a link: an earlier one is used."
+    assert (run.checkpoints_path / "step-000010").is_symlink()
 
 
 def _forge(run: Run, **changes: object) -> None:

@@ -111,6 +111,13 @@ def test_a_conversation_that_is_too_long_is_refused(conversation: Conversation) 
     assert "".join(conversation.ask(QUESTION)) == "green"
 
 
+def test_bytes_that_are_no_text_are_refused(conversation: Conversation) -> None:
+    """As the terminal hands them on where it is not set to UTF-8."""
+    with pytest.raises(DataError, match="is not UTF-8"):
+        next(conversation.ask(b"gr\xfcn?".decode("utf-8", "surrogateescape")))
+    assert "".join(conversation.ask(QUESTION)) == "green"
+
+
 @pytest.mark.parametrize("has_template", [True, False])
 def test_a_text_that_the_tokenizer_gives_up_on_is_refused(
     conversation: Conversation, monkeypatch: pytest.MonkeyPatch, has_template: bool

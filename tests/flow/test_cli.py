@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, NoReturn
 
 import pytest
 from rich.console import Console
@@ -122,6 +123,23 @@ def test_an_unknown_command_is_the_users_to_mend(capsys: pytest.CaptureFixture[s
     assert "train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "run", "--max-answers", "-1"],
+        ["eval", "run", "--max-new-tokens", "0"],
+        ["chat", "run", "--temperature", "-1"],
+        ["chat", "run", "--max-tokens", "0"],
+        ["chat", "run", "--seed", "99999999999999999999"],
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_name(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert f"Invalid value for '{words[2]}'" in capsys.readouterr().err
+
+
 def test_a_faulty_config_gives_three_lines_and_exit_2(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +221,21 @@ def test_an_interrupted_training_ends_with_130_and_says_how_to_go_on(
     assert "Adapter" not in shown.out
 
 
+def test_a_second_interruption_during_the_report_hides_not_how_to_go_on(
+    config: Path,
+    training: FakeTraining,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eightgig.web.report.write_report", interrupted)
+    training.end = KeyboardInterrupt()
+    assert main(["train", str(config)]) == 130
+    assert f"eightgig train {config} --resume" in capsys.readouterr().err
+
+
 def test_an_interruption_that_python_wrapped_is_one_still(
     config: Path, training: FakeTraining, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,12 +264,87 @@ def test_other_versions_must_be_allowed_by_name(
     assert training.allowed == is_allowed
 
 
+def _pipe_without_a_reader() -> IO[str]:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+def _full_disk() -> IO[str]:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    return Path("/dev/full").open("w", encoding="utf-8")
+
+
+@pytest.fixture(params=[_pipe_without_a_reader, _full_disk])
+def lost(request: pytest.FixtureRequest) -> Iterator[IO[str]]:
+    """A stream that takes nothing."""
+    with request.param() as stream:
+        yield stream
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("streams", [["stdout"], ["stderr"], ["stdout", "stderr"]])
+def test_a_training_outlives_whoever_reads_it(
+    config: Path,
+    training: FakeTraining,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: IO[str],
+    options: list[str],
+    streams: list[str],
+) -> None:
+    for name in streams:
+        monkeypatch.setattr(sys, name, lost)
+    training.end = KeyboardInterrupt()
+    assert main(["train", str(config), *options]) == 130, "the loop must hear of it and save"
+    training.end = None
+    assert main(["train", str(config), *options]) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_result_that_cannot_be_written_is_said_so(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    with _full_disk() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        asked = ["plan", "--model", "google/gemma-4-12B-it", "--vram", "8GiB", *options]
+        assert main(asked) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: The result cannot be written: No space left on device.\nwhy: ")
+
+
 def test_a_guard_ends_with_3(
     config: Path, training: FakeTraining, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training.end = TrainingStopped("The loss is NaN.", why="It cannot recover.", fix="Resume.")
     assert main(["train", str(config)]) == 3
     assert capsys.readouterr().err.startswith("error: The loss is NaN.\nwhy:   It cannot")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "Go on with: "),
+        (TrainingStopped("It is NaN.", why="", fix=""), 3, "error: It is NaN."),
+    ],
+)
+def test_a_report_that_cannot_be_written_hides_not_why_a_run_stopped(
+    config: Path,
+    training: FakeTraining,
+    capsys: pytest.CaptureFixture[str],
+    end: BaseException,
+    code: int,
+    words: str,
+) -> None:
+    (config.parent / "runs" / "first" / "report.html").mkdir(parents=True)
+    training.end = end
+    assert main(["train", str(config), "--resume"]) == code
+    shown = capsys.readouterr().err
+    assert "The report was not written to " in shown
+    assert words in shown
 
 
 def test_a_fault_of_ours_ends_with_1_and_a_traceback_without_secrets(

@@ -36,7 +36,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         patch.setattr(demo, "demo_config", _short_config)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         lines: list[str] = []
-        patch.setattr("builtins.print", lambda line: lines.append(line))
+        patch.setattr("builtins.print", lambda line, **_: lines.append(line))
         assert main(["demo", "--output-dir", str(folder / "runs"), "--json"]) == 0
     return lines
 

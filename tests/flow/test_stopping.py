@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from eightgig.engine.model import Model
+from eightgig.evaluation.loss import HeldOutLoss
 from eightgig.training import loop, monitor, trial
+from eightgig.training.checkpoint import read_checkpoint
+from eightgig.training.save import SaveFailure
 from tests import jobs
 
 FAMILY = "llama"
@@ -219,3 +222,58 @@ def _quick_guard(readings: list[int]) -> Any:
             self._looked_seconds = -1e9
 
     return Quick
+
+
+# Early stopping
+
+
+def _finish_watched(config: Any, *, resume: bool = False) -> tuple[loop.Job, list[object]]:
+    seen: list[object] = []
+    job = _job(config, resume=resume, observe=seen.append)
+    jobs.finish(job, seen.append)
+    return job, seen
+
+
+def test_the_best_adapter_is_the_best_of_those_that_were_saved(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full when the best evaluation is saved must not cost the run."""
+    real, losses = loop.save_checkpoint, iter([5.0, 4.0, 3.0, 3.5, 6.0, 6.0])
+    states = []
+
+    def save(run: Any, checkpoint: Any, *, keep: int) -> Any:
+        states.append(checkpoint.state)
+        if checkpoint.state.step == 2:
+            return SaveFailure.of_memory(run, 2, "the disk is full")
+        return real(run, checkpoint, keep=keep)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(
+        loop.Worker, "loss", lambda *_: HeldOutLoss(loss=next(losses), loss_tokens=9, seconds=1.0)
+    )
+    run = {"eval_steps": 1, "save_total_limit": 1}
+    config = _config(base, tmp_path, early_stopping_patience=2, run=run)
+    job, seen = _finish_watched(config)
+    assert [state.step for state in states] == [1, 2, 3, 5]
+    assert [state.best_step for state in states] == [1, 2, 3, 3]
+    assert jobs.events(seen, "stop") == [{"delivered_step": 3}]
+    kept = read_checkpoint(job.run.checkpoints_path / "step-000003").adapter
+    assert job.engine.adapter is not None
+    for name, tensor in job.engine.adapter.named_tensors():
+        assert torch.equal(tensor, kept[name]), name
+
+
+def test_a_best_checkpoint_that_is_damaged_since_ends_no_run(base: Path, tmp_path: Path) -> None:
+    run = {"eval_steps": 1}
+    config = _config(base, tmp_path, early_stopping_patience=1, learning_rate=0.3, run=run)
+    job, seen = _finish_watched(config)
+    (stop,) = jobs.events(seen, "stop")
+    path = job.run.checkpoints_path / f"step-{stop['delivered_step']:06d}"
+    (path / "adapter_model.safetensors").unlink()
+    again, seen = _finish_watched(config, resume=True)
+    last = again.start.state.step
+    assert jobs.events(seen, "stop") == [{"delivered_step": last}]
+    assert "checkpoint.best_lost" in jobs.codes(seen)
+    assert path.exists(), "what is damaged is its owner's to look at"
+    newest = _finish_watched(config, resume=True)[0]
+    assert torch.equal(jobs.adapter_of(newest), jobs.adapter_of(again))

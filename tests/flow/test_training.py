@@ -227,6 +227,37 @@ def test_a_report_that_cannot_be_written_leaves_no_run_folder(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["lock", "log.txt", "environment.json", "data.json", "metrics.jsonl", "events.jsonl"]
+)
+def test_what_a_run_cannot_begin_without_is_said_to_be_unwritable(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    config = _config(folder, tmp_path)
+    (tmp_path / "runs" / "run" / name).mkdir(parents=True)
+    with pytest.raises(RunError, match="run cannot be written: Is a directory"):
+        next(finetune(config, resume=True))
+
+
+def test_no_room_for_temporary_files_costs_a_resume_and_no_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(folder, tmp_path)
+    reports = finetune(config)
+    for _ in range(STEPS):
+        next(reports)
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+        patch.setattr(
+            "eightgig.disk.Disk.free_bytes", lambda _, path: 1000 if path == tmp_path else 1 << 40
+        )
+        with pytest.raises(RunError, match=r"The tokenizer needs .* 1000 B are free") as caught:
+            next(reports)
+    assert "--resume" in caught.value.fix
+    assert list(finetune(config, resume=True)) == []
+    assert (tmp_path / "runs" / "run" / "adapter" / "tokenizer.json").is_file()
+
+
 def test_a_step_that_is_not_finite_leaves_the_adapter_as_it_was(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

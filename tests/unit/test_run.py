@@ -236,6 +236,25 @@ def test_the_log_says_why_a_run_ended_early(tmp_path: Path) -> None:
     assert rest[-1] == "ZeroDivisionError"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_log_on_a_full_disk_disturbs_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(folder=tmp_path)
+    run.log_path.symlink_to("/dev/full")
+    with pytest.raises(RunError, match="taken"), log_to(run):
+        logging.getLogger("eightgig.somewhere").info("step 1")
+        raise RunError("taken", why="", fix="")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_that_cannot_be_made_is_said_so(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path)
+    run.log_path.mkdir()
+    with pytest.raises(RunError, match="cannot be written: Is a directory"), log_to(run):
+        pass
+
+
 @pytest.mark.parametrize("end", [KeyboardInterrupt, GeneratorExit])
 def test_stopping_by_hand_is_no_error_in_the_log(tmp_path: Path, end: type[BaseException]) -> None:
     run = Run(folder=tmp_path)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eightgig.cli import render
-from eightgig.config import read_config, starting_values, store_folder, write_example
-from eightgig.errors import DataError, DoesNotFitError, HardwareError, TrainingStopped
+from eightgig.config import Config, read_config, starting_values, store_folder, write_example
+from eightgig.errors import DataError, DoesNotFitError, HardwareError, RunError, TrainingStopped
 
 if TYPE_CHECKING:
     from eightgig.cli.inputs import Asked
@@ -212,12 +212,23 @@ def train(
         write_report(check_run(settings, resume=True))
         render.show_trained(settings, view.last_report, as_json=as_json)
     except (KeyboardInterrupt, TrainingStopped) as stop:
-        if view.last_report is not None:
-            write_report(check_run(settings, resume=True))
-        if isinstance(stop, KeyboardInterrupt):
+        if isinstance(stop, KeyboardInterrupt):  # first: another Ctrl-C may end the report
             words = _resume_command(config, overrides or ())
             render.show_note(f"Interrupted. Go on with: {words}")
+        if view.last_report is not None:
+            _report_stopped(settings)
         raise
+
+
+def _report_stopped(settings: Config) -> None:
+    """Write the report; where it cannot be, why the run stopped matters more."""
+    from eightgig.run import check_run
+    from eightgig.web.report import write_report
+
+    try:
+        write_report(check_run(settings, resume=True))
+    except RunError as error:
+        render.show_note(f"{error.message} {error.fix}")
 
 
 def _resume_command(config: Path, overrides: Sequence[str]) -> str:
@@ -247,10 +258,10 @@ def evaluate(  # noqa: PLR0913 - the arguments of a command are its options
     run: RunFolder,
     overrides: Overrides = None,
     max_answers: Annotated[
-        int, typer.Option(metavar="N", help="Held-out rows that are answered.")
+        int, typer.Option(metavar="N", min=0, help="Held-out rows that are answered.")
     ] = 200,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Longest answer in tokens.")
+        int | None, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")
     ] = None,
     general_text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text to measure forgetting on.")
@@ -302,10 +313,12 @@ def chat(  # noqa: PLR0913 - the arguments of a command are its options
     with_base: Annotated[bool, typer.Option("--base", help="Begin with the adapter off.")] = False,
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 takes the likeliest token; by default as the model says."),
+        typer.Option(min=0, help="0 takes the likeliest token; by default as the model says."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")
+    ] = 1024,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the draws.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Talk with a tuned model, and with its base model beside it."""

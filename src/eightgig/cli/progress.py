@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from eightgig.cli import render
+from eightgig.cli.console import SafeConsole
 from eightgig.config import Choice, Config
 from eightgig.errors import Finding
 from eightgig.memory.plan import Plan
@@ -58,7 +59,7 @@ class WorkView:
     """
 
     def __init__(self, *, stderr: bool, console: Console | None = None) -> None:
-        self._console = console or render.SafeConsole(stderr=stderr)
+        self._console = console or SafeConsole(stderr=stderr)
         self._work = ""
         self._began_seconds = self._shown_seconds = 0.0
         self._live: Progress | None = None
@@ -162,7 +163,7 @@ class TrainingView(WorkView):
         self._num_shown += 1
         self.last_report = report
         if self._as_json:
-            render.show_json(report)
+            render.show_json(report, is_needed=False)
         elif self._live is not None:
             self._draw(report.step / self._total_steps(report), self._describe(report))
         else:

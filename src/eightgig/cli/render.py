@@ -6,17 +6,16 @@ Results go to standard output, all else to standard error, so that `--json` stay
 from __future__ import annotations
 
 import json
-import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from eightgig.cli.console import SafeConsole, open_output, without_control_codes
 from eightgig.config import Config
 from eightgig.errors import EightgigError, Finding
 from eightgig.run import Run, mask_secrets, to_json
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _PIPE_COLUMNS = 140
-_CONTROL_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _REPORT_AT = "https://github.com/eightgig/eightgig/issues"
 
 
@@ -56,7 +54,7 @@ def show_text(text: Text) -> None:
 
 def show_piece(text: str) -> None:
     """A part of a line that somebody else wrote: control codes are for terminals, not for it."""
-    safe = Text(_CONTROL_CODES.sub("\ufffd", text))
+    safe = Text(without_control_codes(text))
     _output().print(safe, soft_wrap=True, highlight=False, end="")
 
 
@@ -70,9 +68,9 @@ def show_note(text: str) -> None:
     _write(_output(stderr=True), Text(text, style="dim"))
 
 
-def show_json(value: Any) -> None:
-    """`value` (a record or plain JSON) as one line."""
-    print(json.dumps(to_json(value)))
+def show_json(value: Any, *, is_needed: bool = True) -> None:
+    """`value` (a record or plain JSON) as one line; see `SafeConsole` for `is_needed`."""
+    print(json.dumps(to_json(value)), file=open_output(is_needed=is_needed), flush=True)
 
 
 def show_error(error: EightgigError, *, as_json: bool = False) -> None:
@@ -260,25 +258,12 @@ def _card_rows(gpu: Gpu) -> Iterator[tuple[str, str]]:
         yield "heat and power", ", ".join(state)
 
 
-class SafeConsole(Console):
-    """Rich's console, for texts of others: control codes in them do not reach the terminal."""
-
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterator[Segment]:
-        """Segments of `renderable`; the console's own control codes are segments of their own."""
-        for segment in super().render(renderable, options):
-            if segment.control is None and _CONTROL_CODES.search(segment.text):
-                text = _CONTROL_CODES.sub("\ufffd", segment.text)
-                yield Segment(text, segment.style)
-            else:
-                yield segment
-
-
 def _output(*, stderr: bool = False) -> Console:
-    console = SafeConsole(stderr=stderr)
+    console = SafeConsole(stderr=stderr, is_needed=not stderr)
+    if console.is_terminal:
+        return console
     # A file or a pipe has no width; tables squeezed into 80 columns are hard to read there.
-    return console if console.is_terminal else SafeConsole(stderr=stderr, width=_PIPE_COLUMNS)
+    return SafeConsole(stderr=stderr, width=_PIPE_COLUMNS, is_needed=not stderr)
 
 
 def _write_prose(console: Console, text: Text) -> None:

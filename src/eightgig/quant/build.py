@@ -350,6 +350,13 @@ def _named_failures(spec: ModelSpec, cache_dir: Path) -> Iterator[None]:
                 why=f"{error.strerror}: {error.filename}.",
                 fix="Set `model.cache_dir` to a folder that you may write to.",
             ) from error
+        if error.errno == errno.EFBIG:
+            raise ConfigError(
+                f"Prepared weights cannot be written to {cache_dir}.",
+                why=f"Its file system takes no file as large as {error.filename or 'one of them'}.",
+                fix="Set `model.cache_dir` to a folder on a disk with another file system "
+                "(FAT32 ends at 4 GiB).",
+            ) from error
         raise
 
 

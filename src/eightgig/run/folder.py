@@ -7,12 +7,14 @@ checkpoints/step-000120/, adapter/, report.html`. Nothing here knows what a trai
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from eightgig.config import Config, is_safe_name, write_config
+from eightgig.disk import failure_cause
 from eightgig.errors import RunError
 from eightgig.run.files import write_atomically
 from eightgig.run.links import refuse_links
@@ -122,20 +124,32 @@ def create_run(config: Config, *, resume: bool) -> Run:
         RunError: The folder exists (without `resume`), or cannot be written.
     """
     run = check_run(config, resume=resume)
+    with writing_to(run.folder):
+        try:
+            run.folder.parent.mkdir(parents=True, exist_ok=True)
+            run.folder.mkdir(exist_ok=resume)
+            if not run.config_path.exists():
+                _write_settings(run, config, may_have_rival=resume)
+        except FileExistsError:  # another process was faster
+            raise _taken(run, config.run.name) from None
+    return run
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """What a run cannot begin without is written to its folder.
+
+    Raises:
+        RunError: It cannot be.
+    """
     try:
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        run.folder.mkdir(exist_ok=resume)
-        if not run.config_path.exists():
-            _write_settings(run, config, may_have_rival=resume)
-    except FileExistsError:  # another process was faster
-        raise _taken(run, config.run.name) from None
+        yield
     except OSError as error:
         raise RunError(
-            f"The run folder {run.folder} cannot be written: {error.strerror}.",
+            f"The run folder {folder} cannot be written: {failure_cause(error)}.",
             why="Metrics, checkpoints and the adapter are written there.",
             fix="Set run.output_dir to a folder that you may write, on a disk with space.",
-        ) from None
-    return run
+        ) from error
 
 
 def _write_settings(run: Run, config: Config, *, may_have_rival: bool) -> None:

@@ -7,11 +7,11 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eightgig.errors import EightgigError
-from eightgig.run.folder import Run
+from eightgig.run.folder import Run, writing_to
 
 _MASK = "***"
 _SECRETS = (
@@ -53,9 +53,13 @@ def log_to(run: Run) -> Iterator[None]:
     """Append what eightgig's loggers say to `run.log_path`, from INFO upwards.
 
     An error that ends the block is written there, too.
+
+    Raises:
+        RunError: The log cannot be made.
     """
     logger = logging.getLogger("eightgig")
-    handler = logging.FileHandler(run.log_path, encoding="utf-8")
+    with writing_to(run.folder):
+        handler = _LogFile(run.log_path, encoding="utf-8")
     handler.setFormatter(_MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.INFO)
     level = logger.level
@@ -76,6 +80,20 @@ def _log_end(logger: logging.Logger, error: BaseException | None) -> None:
         logger.error("%s %s %s", error.message, error.why, error.fix)
     elif isinstance(error, Exception):
         logger.error("The run ended early.", exc_info=error)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk leaves with gaps, and nothing else: neither tracebacks nor an end."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Pass over what the disk does not take; a line that cannot be made is our fault."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file, whatever becomes of its last lines."""
+        with suppress(OSError):
+            super().close()
 
 
 class _MaskingFormatter(logging.Formatter):

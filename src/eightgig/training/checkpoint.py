@@ -18,7 +18,7 @@ from eightgig.disk import REPLACED_SUFFIX, Disk, digest_file, failure_cause
 from eightgig.errors import Finding, RunError
 from eightgig.run import Run, from_json, to_json
 from eightgig.training.identity import RunIdentity
-from eightgig.training.rotation import list_checkpoints, set_aside, step_name
+from eightgig.training.rotation import is_own_folder, list_named, set_aside, step_name
 from eightgig.units import MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ class FoundCheckpoint:
 
     Attributes:
         path: Newest intact checkpoint, None when there is none.
-        skipped: One finding for each newer one that is damaged; it was set aside, not deleted.
+        skipped: One finding for each newer one that is damaged, which was set aside and not
+            deleted, or a link.
     """
 
     path: Path | None
@@ -136,7 +137,7 @@ def find_checkpoint(run: Run, *, disk: Disk | None = None) -> FoundCheckpoint:
     disk = disk or Disk()
     skipped: list[Finding] = []
     try:
-        candidates = list_checkpoints(run.checkpoints_path)
+        candidates = list_named(run.checkpoints_path)
     except OSError as error:
         raise RunError(
             f"{run.checkpoints_path} cannot be read: {failure_cause(error)}.",
@@ -144,6 +145,9 @@ def find_checkpoint(run: Run, *, disk: Disk | None = None) -> FoundCheckpoint:
             fix="Make the folder readable.",
         ) from error
     for path in candidates:
+        if not is_own_folder(path):
+            skipped.append(_passed_over(path))
+            continue
         damage = find_damage(path, disk)
         if damage is None:
             return FoundCheckpoint(path=path, skipped=tuple(skipped))
@@ -232,6 +236,19 @@ def find_damage(path: Path, disk: Disk) -> str | None:
     except (ValueError, RecursionError) as error:
         return str(error)
     return None
+
+
+def _passed_over(path: Path) -> Finding:
+    kind = "a link" if path.is_symlink() else "no folder"
+    return Finding(
+        severity="warning",
+        code="checkpoint.passed_over",
+        message=f"Checkpoint {path.name} is {kind}: an earlier one is used.",
+        why="A run goes on from what lies in its own folder; a link would lead it elsewhere.",
+        fix="To go on from it, stop, put the folder itself there and use --resume again; for "
+        "another disk, set run.output_dir.",
+        file=str(path),
+    )
 
 
 def _check_file(path: Path, expected: CheckpointFile, disk: Disk) -> None:

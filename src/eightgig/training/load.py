@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -59,7 +60,8 @@ def load_engine(
         rung = go_down(run, plan, result, where="while loading")
         plan = rung.plan
         event = Event(step=0, kind="oom", values=rung.values)
-        append_json_line(run.events_path, event)
+        with suppress(OSError):  # a full disk costs the line, not the run
+            append_json_line(run.events_path, event)
         observe(event)
 
 

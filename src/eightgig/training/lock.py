@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 
 from eightgig.errors import RunError
-from eightgig.run import Run
+from eightgig.run import Run, writing_to
 
 LOCK_NAME = "lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
@@ -25,11 +25,12 @@ def lock_run(run: Run) -> Iterator[None]:
     """Hold the run folder for this process.
 
     Raises:
-        RunError: Another process holds it.
+        RunError: Another process holds it, or the folder cannot be written.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    path = run.folder / LOCK_NAME
-    with FileIO(path, "a+b") as file:
+    with writing_to(run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        opened = FileIO(run.folder / LOCK_NAME, "a+b")
+    with opened as file:
         if not _try_lock(file):
             raise RunError(
                 f"The run folder {run.folder} is in use by {_holder(file)}.",

@@ -15,7 +15,7 @@ from typing import Any
 from eightgig.config import AUTO, Config
 from eightgig.data.batches import Dataset
 from eightgig.engine.assemble import Engine
-from eightgig.errors import DoesNotFitError
+from eightgig.errors import DoesNotFitError, Finding, RunError
 from eightgig.evaluation.loss import HeldOutLoss
 from eightgig.memory.calibration import compare_with_plan
 from eightgig.memory.plan import Plan
@@ -268,11 +268,12 @@ class _Session:
         self._say(step, "eval", _evaluation_values(measured))
         if step == 0:
             return
+        before = self._state
         progress, alarms = judge_evaluation(
             HeldOut(
-                best_loss=self._state.best_held_out_loss,
-                best_step=self._state.best_step,
-                evaluations_without_gain=self._state.evaluations_without_gain,
+                best_loss=before.best_held_out_loss,
+                best_step=before.best_step,
+                evaluations_without_gain=before.evaluations_without_gain,
             ),
             step=step,
             loss=measured.loss,
@@ -287,7 +288,14 @@ class _Session:
         )
         self._hear(Judgement(memory=self._state.guards, alarms=alarms), step)
         if progress.best_step == step and job.config.train.early_stopping_patience:
-            self._save(step)
+            failure = self._save(step)
+            if failure is not None:
+                # What was not saved cannot be delivered: the best is the best of those that are.
+                self._state = replace(
+                    self._state,
+                    best_held_out_loss=before.best_held_out_loss,
+                    best_step=before.best_step,
+                )
 
     def save_if_due(self, step: int) -> None:
         """Save by steps, minutes and epoch, and when the run is about to stop."""
@@ -336,14 +344,28 @@ class _Session:
             self._save(step)
 
     def _take_best(self) -> None:
-        """With early stopping, deliver the adapter of the best evaluation."""
-        job, best_step = self._job, self._state.best_step
-        if not job.config.train.early_stopping_patience or best_step == self._state.step:
+        """With early stopping, deliver the adapter of the best evaluation, if it is still there."""
+        job, best_step, step = self._job, self._state.best_step, self._state.step
+        if not job.config.train.early_stopping_patience or best_step in (0, step):
             return
         path = job.run.checkpoints_path / step_name(best_step)
         assert job.engine.adapter is not None
-        job.engine.adapter.load(read_checkpoint(path).adapter)
-        self._say(self._state.step, "stop", {"delivered_step": best_step})
+        try:
+            job.engine.adapter.load(read_checkpoint(path).adapter)
+        except RunError as error:
+            self._observe(
+                Finding(
+                    severity="warning",
+                    code="checkpoint.best_lost",
+                    message=f"The adapter of the best evaluation, after step {best_step}, is lost. "
+                    f"{error.message}",
+                    why="It was to be delivered; the numbers are not those that were saved.",
+                    fix=f"The adapter of step {step} is delivered instead.",
+                    file=str(path),
+                )
+            )
+            best_step = step
+        self._say(step, "stop", {"delivered_step": best_step})
 
     def _save(self, step: int) -> SaveFailure | None:
         job = self._job

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from eightgig.errors import ConfigError
-from eightgig.run import Event, Run, to_json, write_atomically
+from eightgig.run import Event, Run, to_json, write_atomically, writing_to
 from eightgig.training.step import StepReport
 
 if TYPE_CHECKING:
@@ -46,17 +46,18 @@ class Monitor:
 
     Raises:
         ConfigError: TensorBoard is asked for and not installed.
-        OSError: The run folder cannot be written.
+        RunError: The run folder cannot be written.
     """
 
     def __init__(self, run: Run, *, report_to: str = "none", done_steps: int = 0) -> None:
         self._board: SummaryWriter | None = None
         if report_to == "tensorboard":
             self._board = _open_tensorboard(run.folder / TENSORBOARD_NAME, done_steps + 1)
-        for path in (run.metrics_path, run.events_path):
-            cut_after(path, done_steps)
-        self._metrics = LineFile(run.metrics_path)
-        self._events = LineFile(run.events_path)
+        with writing_to(run.folder):
+            for path in (run.metrics_path, run.events_path):
+                cut_after(path, done_steps)
+            self._metrics = LineFile(run.metrics_path)
+            self._events = LineFile(run.events_path)
         self._heartbeat_path = run.folder / HEARTBEAT_NAME
         self._last_beat_seconds = -math.inf
 

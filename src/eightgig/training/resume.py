@@ -14,7 +14,7 @@ from eightgig.disk import Disk
 from eightgig.errors import ModelError, RunError
 from eightgig.models.spec import ModelSpec
 from eightgig.quant.store import Store
-from eightgig.run import Run, write_atomically
+from eightgig.run import Run, write_atomically, writing_to
 from eightgig.training.checkpoint import TrainingState, find_checkpoint, read_checkpoint
 from eightgig.training.guards import forget_speed
 from eightgig.training.identity import (
@@ -64,7 +64,7 @@ def begin(  # noqa: PLR0913 - a run goes on if none of these has changed
 
     Raises:
         ModelError: `lora.init_adapter` does not match.
-        RunError: The run changed since its checkpoint.
+        RunError: The run changed since its checkpoint, or its folder cannot be written.
     """
     spec, store = source
     adapter, optimizer = loaded.engine.adapter, loaded.optimizer
@@ -81,7 +81,8 @@ def begin(  # noqa: PLR0913 - a run goes on if none of these has changed
     state = resume_run(run, identity, adapter, optimizer, observe, accepted=accepted)
     if state is START:
         # Nothing had been done by whoever made the folder; perhaps with other settings.
-        write_atomically(run.config_path, write_config(config))
+        with writing_to(run.folder):
+            write_atomically(run.config_path, write_config(config))
     return Start(optimizer=optimizer, identity=identity, state=state)
 
 

@@ -23,12 +23,26 @@ def list_checkpoints(folder: Path) -> list[Path]:
     Raises:
         OSError: `folder` cannot be read.
     """
+    return [path for path in list_named(folder) if is_own_folder(path)]
+
+
+def is_own_folder(path: Path) -> bool:
+    """Whether what has the name of a checkpoint may be one; links are not followed."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def list_named(folder: Path) -> list[Path]:
+    """All that has the name of a checkpoint, in the order of `list_checkpoints`.
+
+    Raises:
+        OSError: `folder` cannot be read.
+    """
     if not folder.is_dir():
         return []
     found = []
     for path in folder.iterdir():
         match = _FOLDER_NAME.fullmatch(path.name)
-        if match is not None and path.is_dir() and not path.is_symlink():
+        if match is not None:
             found.append((int(match[1]), match[2] is None, path))
     return [path for _, _, path in sorted(found, reverse=True)]
 

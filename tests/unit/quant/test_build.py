@@ -220,6 +220,20 @@ def test_a_disk_that_becomes_full_is_named(tmp_path: Path, monkeypatch: pytest.M
         prepare(spec, folder, tmp_path / "cache")
 
 
+def test_a_file_system_without_large_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, folder = make_checkpoint("llama", tmp_path / "model")
+
+    def fail(path: Path, parts: object) -> NoReturn:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(writer, "write_parts", fail)
+    with pytest.raises(ConfigError, match="cannot be written") as caught:
+        prepare(spec, folder, tmp_path / "cache")
+    assert "another file system" in caught.value.fix
+
+
 def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     spec, folder = make_checkpoint("llama", tmp_path / "model")
     (tmp_path / "file").write_text("no folder", "utf-8")

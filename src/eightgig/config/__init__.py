@@ -2,7 +2,7 @@
 
 from eightgig.config.check import is_safe_name
 from eightgig.config.describe import Setting, describe_groups, describe_settings
-from eightgig.config.paths import default_cache_dir, store_folder
+from eightgig.config.paths import default_cache_dir, expand_home, store_folder
 from eightgig.config.read import read_config, setting_groups
 from eightgig.config.settings import (
     AUTO,
@@ -38,6 +38,7 @@ __all__ = [
     "describe_groups",
     "describe_settings",
     "example_config",
+    "expand_home",
     "full_setting",
     "is_safe_name",
     "read_config",

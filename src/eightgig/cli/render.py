@@ -6,6 +6,7 @@ Results go to standard output, all else to standard error, so that `--json` stay
 from __future__ import annotations
 
 import json
+import math
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -71,8 +72,16 @@ def show_note(text: str) -> None:
 
 
 def show_json(value: Any) -> None:
-    """`value` (a record or plain JSON) as one line."""
-    print(json.dumps(to_json(value)))
+    """`value` (a record or plain JSON) as one line; JSON knows no NaN: such a number is null."""
+    print(json.dumps(_finite(to_json(value)), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_error(error: EightgigError, *, as_json: bool = False) -> None:

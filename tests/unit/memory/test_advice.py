@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from eightgig.hardware.cards import DRIVER_BYTES
 from eightgig.memory.plan import Plan, make_plan
-from eightgig.units import GIB
+from eightgig.units import GIB, MIB, parse_bytes
 from tests.unit.memory import cases
 
 
@@ -125,6 +126,28 @@ def test_a_budget_above_the_card_is_to_be_lowered() -> None:
         r"Lower memory\.budget to 6\.91 GiB, or to auto \(more is not there\): then it fits\.", line
     )
     assert "No setting" not in text
+
+
+@pytest.mark.parametrize("held_mib", range(0, 40, 4))
+def test_a_budget_that_is_advised_fits_to_the_letter(held_mib: int) -> None:
+    machine = cases.card(context_bytes=(500 + held_mib) * MIB)
+    _, text = _advice(machine=machine, memory={"budget": 20 * GIB})
+    found = re.search(r"memory\.budget to ([\d.]+ \w+),", text)
+    assert found is not None
+    plan, _ = _advice(machine=machine, memory={"budget": parse_bytes(found[1])})
+    assert plan.fits
+
+
+def test_a_budget_that_helps_together_is_that_after_all_else() -> None:
+    machine = cases.card(display_bytes=5 * GIB)
+    settings: dict[str, Any] = {"data": {"max_length": 16_384}}
+    _, text = _advice("12B", machine, memory={"budget": GIB}, **settings)
+    assert "Together they make it fit: Close programs" in text
+    found = re.search(r"Together.* Raise memory\.budget to up to ([\d.]+ GiB)", text)
+    assert found is not None
+    after = cases.card(display_bytes=DRIVER_BYTES)
+    plan, _ = _advice("12B", after, memory={"budget": parse_bytes(found[1])}, **settings)
+    assert plan.fits
 
 
 def test_a_large_model_on_a_processor_is_called_slow_and_a_small_one_is_not() -> None:

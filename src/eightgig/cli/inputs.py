@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eightgig.config import DEMO_MODEL, Config, full_setting, read_config, store_folder
+from eightgig.config import (
+    DEMO_MODEL,
+    Config,
+    full_setting,
+    read_config,
+    store_folder,
+    text_setting,
+)
 from eightgig.data.sources import find_sources
 from eightgig.demo import demo_model_path
 from eightgig.errors import ConfigError, ModelError
@@ -23,7 +30,7 @@ from eightgig.models.hub import (
 )
 from eightgig.models.shapes import find_shape
 from eightgig.models.spec import ModelSpec
-from eightgig.units import format_bytes, parse_bytes
+from eightgig.units import GIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -107,7 +114,7 @@ def read_request(
     """
     overrides = [*overrides]
     if model is not None:
-        overrides.append(f"model.name={model}")
+        overrides.append(text_setting("model.name", model))
     if max_tokens is not None:
         overrides.append(f"data.max_length={max_tokens}")
     if config_path is None and model is None:
@@ -174,11 +181,15 @@ def _machine_words(machine: Hardware) -> str:
 
 def _size(option: str, text: str) -> int:
     try:
-        return parse_bytes(text)
+        size_bytes = parse_bytes(text)
+        why = f"That is {format_bytes(size_bytes)}; no such machine has less than 1 GiB."
     except ValueError as error:
+        size_bytes, why = 0, f"{error}."
+    if size_bytes < GIB:
         raise ConfigError(
-            f"{option} cannot be {text}.", why=f"{error}.", fix=f"Write for example {option} 32GiB."
-        ) from None
+            f'{option} cannot be "{text}".', why=why, fix=f"Write for example {option} 32GiB."
+        )
+    return size_bytes
 
 
 def _fetching(config: Config, spec: ModelSpec) -> list[str]:

@@ -17,7 +17,7 @@ from eightgig.config.settings import (
     RunConfig,
     TrainConfig,
 )
-from eightgig.config.short import full_setting
+from eightgig.config.short import full_setting, text_setting
 from eightgig.config.start import starting_values
 from eightgig.config.write import example_config, write_config, write_example
 
@@ -45,6 +45,7 @@ __all__ = [
     "setting_groups",
     "starting_values",
     "store_folder",
+    "text_setting",
     "write_config",
     "write_example",
 ]

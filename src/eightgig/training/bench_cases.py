@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from eightgig.config import default_cache_dir, full_setting, read_config
+from eightgig.config import default_cache_dir, full_setting, read_config, text_setting
 from eightgig.errors import EightgigError, HardwareError
 from eightgig.hardware.probe import Rates, disk_free_bytes
 from eightgig.memory.host_estimate import table_bytes
@@ -161,7 +161,7 @@ def make_cases(
         own = [_setting(f"{name}={value}") for name, value in pairs]
         case = BenchCase(
             name="",
-            settings=(f"model.name={model}", "data.path=random", *shared, *own),
+            settings=(text_setting("model.name", model), "data.path=random", *shared, *own),
             timed_steps=timed_steps,
             stores=str(stores or default_cache_dir() / "bench"),
             shares_layers=shares_layers,

@@ -199,6 +199,19 @@ def test_a_wrong_question_gets_three_lines(
     assert fix in lines[2]
 
 
+@pytest.mark.parametrize("model", ["31b", "google/gemma-4-31B-it", "./llama", "qwen/config.json"])
+def test_over_a_config_a_shape_alone_is_a_model_too(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "model: {name: demo}\ndata: {path: rows.jsonl}\nlora: {r: 8}\n"
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    rows = '{"prompt": "a", "completion": "b"}\n' * 4
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    shown = _plan(capsys, "config.yaml", "--model", model, "--vram", "8GiB")
+    assert "of this model only the shape is here" in " ".join(shown.split())
+    assert "It fits: " in shown
+
+
 @pytest.mark.parametrize("name", ["mine #1", "a: b", "[x]", "null", '"quoted"', "ünï"])
 def test_a_model_s_name_is_text_whatever_yaml_would_make_of_it(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

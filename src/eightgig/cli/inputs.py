@@ -28,7 +28,7 @@ from eightgig.models.hub import (
     find_model,
     look_up_hub_model,
 )
-from eightgig.models.shapes import find_shape
+from eightgig.models.shapes import find_shape, known_shape
 from eightgig.models.spec import ModelSpec
 from eightgig.units import GIB, format_bytes, parse_bytes
 
@@ -129,7 +129,9 @@ def read_request(
     spec = find_shape(config.model.name, revision=config.model.revision)
     hardware, assumed = _find_machine(config, card)
     rows, is_prepared, note = (None, False, None)
-    if config_path is not None:
+    if config_path is not None and model is not None and _is_shape_alone(config.model.name):
+        note = "The rows were not read: of this model only the shape is here."
+    elif config_path is not None:
         rows, is_prepared, note = _read_rows(config)
     notes = [*assumed, *([] if note is None else [note]), *_fetching(config, spec)]
     return Asked(
@@ -142,6 +144,15 @@ def read_request(
         config_path=config_path,
         overrides=tuple(overrides),
     )
+
+
+def _is_shape_alone(name: str) -> bool:
+    """Whether `name` stands for the sizes of a model, without weights and tokenizer."""
+    if name == DEMO_MODEL:
+        return False
+    folder = Path(name)
+    is_model = folder.is_dir() and any(folder.glob("*.safetensors*"))
+    return not is_model and (known_shape(name) is not None or folder.exists())
 
 
 def _find_machine(config: Config, card: CardOptions) -> tuple[Hardware, list[str]]:

@@ -240,7 +240,8 @@ def _num_steps(config: Config, rows: RowLengths | None) -> int | None:
         return train.max_steps
     if rows is None:
         return None
-    return math.ceil(rows.num_rows / train.rows_per_step * train.num_train_epochs)
+    # As in training: the last step of an epoch has the rows that are left.
+    return math.ceil(train.num_train_epochs * math.ceil(rows.num_rows / train.rows_per_step))
 
 
 def _check_memory_settings(config: Config, max_length: int) -> None:

@@ -14,6 +14,7 @@ from eightgig.config import AUTO, Config
 from eightgig.hardware.cards import DRIVER_BYTES
 from eightgig.hardware.probe import Hardware
 from eightgig.memory import estimate
+from eightgig.memory.host_estimate import checkpoint_file_bytes
 from eightgig.memory.problem import Problem, Solution, solve
 from eightgig.units import GIB, MIB, format_bytes
 
@@ -103,7 +104,21 @@ def _shortages(problem: Problem, solution: Solution) -> list[str]:
             f"Free {format_bytes(missing)} of disk, or set model.cache_dir to a folder on another "
             f"disk: {format_bytes(solution.disk_bytes)} are needed."
         )
+        lines += _fewer_checkpoints(problem, solution, missing)
     return lines
+
+
+def _fewer_checkpoints(problem: Problem, solution: Solution, missing_bytes: int) -> list[str]:
+    """How many checkpoints the disk could keep, where that is why it is too small."""
+    limit = problem.config.run.save_total_limit
+    checkpoint = checkpoint_file_bytes(solution.work)
+    fewer = limit - -(-missing_bytes // checkpoint)
+    if fewer < 1:
+        return []
+    return [
+        f"run.save_total_limit: {fewer} would fit, too: each checkpoint takes "
+        f"{format_bytes(checkpoint)}."
+    ]
 
 
 def _harmless_changes(problem: Problem, solution: Solution) -> Iterator[_Change]:

@@ -102,6 +102,18 @@ def test_where_only_the_disk_is_too_small_nothing_else_is_advised() -> None:
     assert re.fullmatch(r"Free [\d.]+ GiB of disk, or set model\.cache_dir .* are needed\.", line)
 
 
+def test_a_disk_too_small_for_the_checkpoints_can_keep_fewer() -> None:
+    machine = dataclasses.replace(cases.card(), disk_free_bytes=40 * GIB)
+    lora, run = {"r": 128}, {"save_total_limit": 20}
+    plan, text = _advice(machine=machine, lora=lora, run=run)
+    assert not plan.fits
+    found = re.search(r"run\.save_total_limit: (\d+) would fit, too", text)
+    assert found is not None
+    for limit, fits in ((int(found[1]), True), (int(found[1]) + 1, False)):
+        again, _ = _advice(machine=machine, lora=lora, run={"save_total_limit": limit})
+        assert again.fits is fits
+
+
 def test_with_too_small_a_disk_other_advice_still_holds() -> None:
     machine = dataclasses.replace(cases.card(), disk_free_bytes=GIB)
     plan, text = _advice(machine=machine, memory={"layer_slots": 80})

@@ -81,6 +81,14 @@ def _shown_beside_the_reason(result: BenchResult, capsys: pytest.CaptureFixture[
         (["--output", "notes.txt"], "is not a file of timings"),
         (["--output", "notes.txt/bench.jsonl"], "cannot be written"),
         (["--output", "."], "cannot be written"),
+        (["--output", "bench.md"], "cannot hold timings"),
+        (["--compare", "rows=1", "--compare", "rows=2"], "is compared twice"),
+        (
+            ["--compare", "tokens=8", "--compare", "max_length=9"],
+            "data.max_length is compared twice",
+        ),
+        (["--set", "model.name=e2b"], "model.name cannot be set"),
+        (["--compare", "model.name=e2b,e4b"], "model.name cannot be set"),
     ],
 )
 def test_what_cannot_be_timed_is_refused_at_once(

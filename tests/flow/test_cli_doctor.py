@@ -168,6 +168,36 @@ def test_a_bitsandbytes_that_does_not_import_is_found(
     assert shown["facts"]["torch"]["version"].startswith("2.")
 
 
+def test_a_message_of_several_lines_is_shown_from_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = (
+        "\n        CUDA Setup failed despite GPU being available. Please run the following command "
+        "to get more information:\n\n        python -m bitsandbytes\n\n        Inspect the output "
+        "of the command and see if you can locate CUDA libraries. You might need to add them\n"
+        "        to your LD_LIBRARY_PATH.\n"
+    )
+    _shadow(tmp_path, monkeypatch, bitsandbytes=f"raise RuntimeError({said!r})")
+    assert main(["doctor", "--json"]) == 2
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (finding,) = [each for each in findings if each["code"] == "doctor.bitsandbytes_missing"]
+    start = "bitsandbytes cannot be imported: RuntimeError: CUDA Setup failed despite GPU"
+    assert finding["message"].startswith(start)
+    assert "python -m bitsandbytes" in finding["message"]
+    assert "\n" not in finding["message"]
+
+
+def test_a_step_that_gives_no_number_is_json_still(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = StepFacts(device="cuda", weight=0.09, forward=float("nan"), gradient=0.01, update=0.01)
+    _examine(monkeypatch, dataclasses.replace(_facts(), step=step))
+    assert main(["doctor", "--json"]) == 2
+    shown = capsys.readouterr().out
+    assert "NaN" not in shown
+    assert json.loads(shown)["facts"]["step"]["forward"] is None
+
+
 def test_a_processor_alone_can_train_small_models(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -175,7 +175,12 @@ def test_experts_are_planned_for_and_called_not_yet(capsys: pytest.CaptureFixtur
     [
         (["--vram", "4060 Ti 12GB"], "neither a card", "GeForce RTX 4060 Ti"),
         (["--vram", "8"], "neither a card", "8GiB"),
-        (["--vram", "8GiB", "--ram", "lots"], "--ram cannot be lots", "32GiB"),
+        (["--vram", "8GiB", "--ram", "lots"], '--ram cannot be "lots"', "32GiB"),
+        (["--vram", "8GiB", "--ram", "32"], '--ram cannot be "32"', "32GiB"),
+        (["--vram", "8GiB", "--set", "lora.target_modules=[q]"], "matches no linear", "q_proj"),
+        (["--vram", "8GiB", "--set", "lora.target_modules=.*qq"], "matches no linear", "q_proj"),
+        (["--vram", "8GiB", "--picture", "."], ". cannot be drawn", "plan.svg"),
+        (["--vram", "8GiB", "--picture", "a.svg", "--sweep", "r=8,16"], "one plan", "one of them"),
         (["--ram", "16GiB"], "no card is named", "--vram"),
         (["--vram", "8GiB", "--max-tokens", "300000"], "262,144 positions", "262144"),
         (["--vram", "8GiB", "--picture", "plan.jpg"], "cannot be drawn", "plan.svg"),
@@ -192,6 +197,29 @@ def test_a_wrong_question_gets_three_lines(
     assert [line[:4] for line in lines] == ["erro", "why:", "fix:"]
     assert message in lines[0]
     assert fix in lines[2]
+
+
+@pytest.mark.parametrize("model", ["31b", "google/gemma-4-31B-it", "./llama", "qwen/config.json"])
+def test_over_a_config_a_shape_alone_is_a_model_too(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "model: {name: demo}\ndata: {path: rows.jsonl}\nlora: {r: 8}\n"
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    rows = '{"prompt": "a", "completion": "b"}\n' * 4
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    shown = _plan(capsys, "config.yaml", "--model", model, "--vram", "8GiB")
+    assert "of this model only the shape is here" in " ".join(shown.split())
+    assert "It fits: " in shown
+
+
+@pytest.mark.parametrize("name", ["mine #1", "a: b", "[x]", "null", '"quoted"', "ünï"])
+def test_a_model_s_name_is_text_whatever_yaml_would_make_of_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "llama").rename(tmp_path / name)
+    (tmp_path / "qwen").rename(tmp_path / "mine")
+    shown = _plan(capsys, "--model", name, "--vram", "8GiB", "--max-tokens", "512")
+    assert f"{name} on a card of 8.00 GiB" in " ".join(shown.split())
 
 
 def test_a_sweep_takes_every_kind_of_setting(capsys: pytest.CaptureFixture[str]) -> None:

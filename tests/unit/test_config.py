@@ -18,6 +18,7 @@ from eightgig.config import (
     ModelConfig,
     RunConfig,
     TrainConfig,
+    default_cache_dir,
     describe_settings,
     example_config,
     is_safe_name,
@@ -27,6 +28,7 @@ from eightgig.config import (
     write_example,
 )
 from eightgig.errors import ConfigError
+from eightgig.run.log import hide_home
 
 MINIMAL = "model:\n  name: some/model\ndata:\n  path: data.jsonl\n"
 
@@ -451,6 +453,24 @@ def test_paths_of_the_command_line_are_relative_to_the_current_folder(
     config = _read(tmp_path, MINIMAL, ("data.path=mine.jsonl", "run.output_dir=../out"))
     assert config.data.path == str(tmp_path / "here" / "mine.jsonl")
     assert Path(config.run.output_dir).resolve() == tmp_path / "out"
+
+
+def test_a_home_folder_that_does_not_exist_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="~nobody-here/x: there is no such home folder"):
+        _read(tmp_path, MINIMAL, ("model.cache_dir=~nobody-here/x",))
+
+    def lost() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", lost)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "eightgig"
+    assert hide_home("/home/ann/x") == "/home/ann/x"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(ConfigError, match="no home folder"):
+        default_cache_dir()
 
 
 def test_a_hub_name_stays_a_name(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eightgig.config import LoraConfig
 from eightgig.errors import ModelError
+from eightgig.memory.layers import check_targets
 from eightgig.models.spec import DecoderSpec, LayerSpec, linear_shapes
 
 GROUPS = {
@@ -143,19 +144,8 @@ def adapter_groups(
     Raises:
         ModelError: `target_modules` names a linear that no layer has, or matches nothing.
     """
-    layers = tuple(layer_groups(decoder, layer, lora, module_prefix) for layer in decoder.layers)
-    existing = {linear.name for groups in layers for group in groups for linear in group.linears}
-    named = () if isinstance(lora.target_modules, str) else lora.target_modules
-    unknown = [name for name in named if name not in existing]
-    matches = any(group.rank_size for groups in layers for group in groups)
-    if unknown or not matches:
-        what = ", ".join(unknown) if unknown else f'"{lora.target_modules}"'
-        raise ModelError(
-            f"lora.target_modules: {what} matches no linear of the decoder.",
-            why="Only the decoder's linears can be adapted; nothing else would be trained.",
-            fix=f"Choose among {', '.join(sorted(existing))}.",
-        )
-    return layers
+    check_targets(decoder, lora.target_modules, module_prefix)
+    return tuple(layer_groups(decoder, layer, lora, module_prefix) for layer in decoder.layers)
 
 
 def lora_scale(lora: LoraConfig) -> float:

@@ -67,7 +67,7 @@ def read_results(output: Path) -> list[BenchResult]:
     """The results that a file holds; none where there is no file.
 
     Raises:
-        ConfigError: It holds something else, or cannot be appended to.
+        ConfigError: It holds something else, cannot be appended to, or is to be the table itself.
     """
     place = next(path for path in (output, *output.absolute().parents) if path.exists())
     is_wrong_kind = place.is_dir() if place == output else not place.is_dir()
@@ -76,6 +76,12 @@ def read_results(output: Path) -> list[BenchResult]:
             f"{output} cannot be written.",
             why=f"{place} is not a place that you may write to.",
             fix="Name another file with --output.",
+        )
+    if output == markdown_path(output):
+        raise ConfigError(
+            f"{output} cannot hold timings.",
+            why="They are JSON lines; the table for people is written beside them, as .md.",
+            fix=f"Write --output {output.with_suffix('.jsonl')}.",
         )
     if not output.exists():
         return []

@@ -16,7 +16,14 @@ import typer
 
 from eightgig.cli import render
 from eightgig.config import Config, read_config, starting_values, store_folder, write_example
-from eightgig.errors import DataError, DoesNotFitError, HardwareError, RunError, TrainingStopped
+from eightgig.errors import (
+    ConfigError,
+    DataError,
+    DoesNotFitError,
+    HardwareError,
+    RunError,
+    TrainingStopped,
+)
 
 if TYPE_CHECKING:
     from eightgig.cli.inputs import Asked
@@ -121,7 +128,7 @@ def plan(  # noqa: PLR0913 - the arguments of a command are its options
         max_tokens=max_tokens,
     )
     if sweep is not None:
-        _sweep(asked, sweep, as_json=as_json)
+        _sweep(asked, sweep, picture=picture, as_json=as_json)
         return
     made = make_plan(
         asked.spec, asked.hardware, asked.config, rows=asked.rows, is_prepared=asked.is_prepared
@@ -131,11 +138,17 @@ def plan(  # noqa: PLR0913 - the arguments of a command are its options
         raise typer.Exit(DoesNotFitError.exit_code)
 
 
-def _sweep(asked: Asked, text: str, *, as_json: bool) -> None:
+def _sweep(asked: Asked, text: str, *, picture: Path | None, as_json: bool) -> None:
     from eightgig.cli.inputs import read_sweep
     from eightgig.cli.plan_view import show_sweep
     from eightgig.memory.sweep import sweep
 
+    if picture is not None:
+        raise ConfigError(
+            "--picture draws one plan; --sweep makes several.",
+            why="An option without effect would be taken for one that worked.",
+            fix="Leave one of them out.",
+        )
     key, values = read_sweep(text)
     points = sweep(
         asked.spec,

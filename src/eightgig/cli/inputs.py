@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eightgig.config import DEMO_MODEL, Config, full_setting, read_config, store_folder
+from eightgig.config import (
+    DEMO_MODEL,
+    Config,
+    full_setting,
+    read_config,
+    store_folder,
+    text_setting,
+)
 from eightgig.data.sources import find_sources
 from eightgig.demo import demo_model_path
 from eightgig.errors import ConfigError, ModelError
@@ -21,9 +28,9 @@ from eightgig.models.hub import (
     find_model,
     look_up_hub_model,
 )
-from eightgig.models.shapes import find_shape
+from eightgig.models.shapes import find_shape, known_shape
 from eightgig.models.spec import ModelSpec
-from eightgig.units import format_bytes, parse_bytes
+from eightgig.units import GIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -107,7 +114,7 @@ def read_request(
     """
     overrides = [*overrides]
     if model is not None:
-        overrides.append(f"model.name={model}")
+        overrides.append(text_setting("model.name", model))
     if max_tokens is not None:
         overrides.append(f"data.max_length={max_tokens}")
     if config_path is None and model is None:
@@ -122,7 +129,9 @@ def read_request(
     spec = find_shape(config.model.name, revision=config.model.revision)
     hardware, assumed = _find_machine(config, card)
     rows, is_prepared, note = (None, False, None)
-    if config_path is not None:
+    if config_path is not None and model is not None and _is_shape_alone(config.model.name):
+        note = "The rows were not read: of this model only the shape is here."
+    elif config_path is not None:
         rows, is_prepared, note = _read_rows(config)
     notes = [*assumed, *([] if note is None else [note]), *_fetching(config, spec)]
     return Asked(
@@ -135,6 +144,15 @@ def read_request(
         config_path=config_path,
         overrides=tuple(overrides),
     )
+
+
+def _is_shape_alone(name: str) -> bool:
+    """Whether `name` stands for the sizes of a model, without weights and tokenizer."""
+    if name == DEMO_MODEL:
+        return False
+    folder = Path(name)
+    is_model = folder.is_dir() and any(folder.glob("*.safetensors*"))
+    return not is_model and (known_shape(name) is not None or folder.exists())
 
 
 def _find_machine(config: Config, card: CardOptions) -> tuple[Hardware, list[str]]:
@@ -174,11 +192,15 @@ def _machine_words(machine: Hardware) -> str:
 
 def _size(option: str, text: str) -> int:
     try:
-        return parse_bytes(text)
+        size_bytes = parse_bytes(text)
+        why = f"That is {format_bytes(size_bytes)}; no such machine has less than 1 GiB."
     except ValueError as error:
+        size_bytes, why = 0, f"{error}."
+    if size_bytes < GIB:
         raise ConfigError(
-            f"{option} cannot be {text}.", why=f"{error}.", fix=f"Write for example {option} 32GiB."
-        ) from None
+            f'{option} cannot be "{text}".', why=why, fix=f"Write for example {option} 32GiB."
+        )
+    return size_bytes
 
 
 def _fetching(config: Config, spec: ModelSpec) -> list[str]:

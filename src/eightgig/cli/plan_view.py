@@ -106,7 +106,7 @@ def _forecast(plan: Plan) -> Iterator[str]:
     if plan.run_seconds is not None:
         short, long = plan.run_seconds_range or (plan.run_seconds,) * 2
         span = f"{format_seconds(short)} to {format_seconds(long)}"
-        steps = f"{plan.num_steps:,} optimizer steps"
+        steps = f"{plan.num_steps:,} optimizer step{'' if plan.num_steps == 1 else 's'}"
         yield f"Run: {steps} in {format_seconds(plan.run_seconds)} ({span})."
     else:
         each = (plan.tokens_per_second, high, low)

@@ -6,6 +6,7 @@ Results go to standard output, all else to standard error, so that `--json` stay
 from __future__ import annotations
 
 import json
+import math
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -69,8 +70,20 @@ def show_note(text: str) -> None:
 
 
 def show_json(value: Any, *, is_needed: bool = True) -> None:
-    """`value` (a record or plain JSON) as one line; see `SafeConsole` for `is_needed`."""
-    print(json.dumps(to_json(value)), file=open_output(is_needed=is_needed), flush=True)
+    """`value` (a record or plain JSON) as one line; JSON knows no NaN: such a number is null.
+
+    See `SafeConsole` for `is_needed`.
+    """
+    text = json.dumps(_finite(to_json(value)), allow_nan=False)
+    print(text, file=open_output(is_needed=is_needed), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_error(error: EightgigError, *, as_json: bool = False) -> None:

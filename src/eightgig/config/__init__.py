@@ -2,7 +2,7 @@
 
 from eightgig.config.check import is_safe_name
 from eightgig.config.describe import Setting, describe_groups, describe_settings
-from eightgig.config.paths import default_cache_dir, store_folder
+from eightgig.config.paths import default_cache_dir, expand_home, store_folder
 from eightgig.config.read import read_config, setting_groups
 from eightgig.config.settings import (
     AUTO,
@@ -17,7 +17,7 @@ from eightgig.config.settings import (
     RunConfig,
     TrainConfig,
 )
-from eightgig.config.short import full_setting
+from eightgig.config.short import full_setting, text_setting
 from eightgig.config.start import starting_values
 from eightgig.config.write import example_config, write_config, write_example
 
@@ -38,12 +38,14 @@ __all__ = [
     "describe_groups",
     "describe_settings",
     "example_config",
+    "expand_home",
     "full_setting",
     "is_safe_name",
     "read_config",
     "setting_groups",
     "starting_values",
     "store_folder",
+    "text_setting",
     "write_config",
     "write_example",
 ]

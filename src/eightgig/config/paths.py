@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eightgig.config.settings import AUTO, DEMO_MODEL, Config, ModelConfig
+from eightgig.errors import ConfigError
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED_SUFFIXES = (".gz", ".zst", ".zstd")
@@ -22,14 +23,43 @@ _PATHS = ("model.cache_dir", "data.held_out_path", "lora.init_adapter", "run.out
 def store_folder(config: ModelConfig) -> Path:
     """The folder of all prepared weights: the configured one, or the user's cache folder."""
     if config.cache_dir != AUTO:
-        return Path(config.cache_dir).expanduser()
+        return expand_home(config.cache_dir)
     return default_cache_dir()
 
 
 def default_cache_dir() -> Path:
-    """Where prepared weights are kept unless the config says otherwise."""
+    """Where prepared weights are kept unless the config says otherwise.
+
+    Raises:
+        ConfigError: This user has no home folder.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "eightgig"
+    if base.is_absolute():
+        return base / "eightgig"
+    try:
+        return Path.home() / ".cache" / "eightgig"
+    except RuntimeError:
+        raise ConfigError(
+            "This user has no home folder: HOME is not set.",
+            why="Prepared weights and downloads are kept in its .cache folder.",
+            fix="export HOME=/a/folder/you/may/write/to",
+        ) from None
+
+
+def expand_home(text: str) -> Path:
+    """`text` as a path, with the home folder for `~`.
+
+    Raises:
+        ConfigError: There is no such home folder.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{text}: there is no such home folder.",
+            why="~ stands for the home folder of this user, ~name for that of another.",
+            fix="Write the whole path.",
+        ) from None
 
 
 def looks_like_path(text: str) -> bool:
@@ -80,4 +110,4 @@ def _path_or_name(text: str, folder: Path) -> str:
 
 
 def _absolute(text: str, folder: Path) -> str:
-    return str((folder / Path(text).expanduser()).absolute())
+    return str((folder / expand_home(text)).absolute())

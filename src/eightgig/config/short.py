@@ -6,6 +6,8 @@ out is what `--set` takes.
 
 from __future__ import annotations
 
+import json
+
 from eightgig.config.read import setting_groups
 from eightgig.errors import ConfigError
 
@@ -25,6 +27,11 @@ def full_setting(text: str) -> str:
         parts = [] if value == "none" else value.split("+")
         value = f"[{', '.join(parts)}]"
     return f"{setting}{has_value}{value}"
+
+
+def text_setting(setting: str, text: str) -> str:
+    """`setting=text` for a text of any characters, which YAML would take for its own: `a #1`."""
+    return f"{setting}={json.dumps(text, ensure_ascii=False)}"
 
 
 def find_setting(key: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from eightgig.config.paths import looks_like_path
+from eightgig.config.paths import expand_home, looks_like_path
 from eightgig.config.settings import DEMO_MODEL
 
 GPU_MODEL = "google/gemma-4-12B-it"
@@ -34,7 +34,7 @@ def starting_values(
 
 
 def _seen_from(folder: Path, text: str) -> str:
-    path = Path(text).expanduser()
+    path = expand_home(text)
     if not looks_like_path(text) and not path.exists():
         return text
     try:

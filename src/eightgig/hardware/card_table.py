@@ -95,6 +95,10 @@ _COMMON_CARDS = {
     80: "H100 80GB HBM3",
 }
 
+_NEAR_NAMES = 4
+# "A100" and "4060" tell a card; "8" and "TI" are in many names.
+_TELLING_CHARACTERS = 3
+
 CARDS = (
     Card("GeForce RTX 2060", 6, (7, 5), 30, 1680, 512, 336, 3, 16, "turing"),
     Card("GeForce RTX 2060 12GB", 12, (7, 5), 34, 1650, 512, 336, 3, 16, "turing"),
@@ -178,9 +182,14 @@ def find_card(name: str) -> Card | None:
 
 
 def closest_names(name: str) -> list[str]:
-    """Cards of the table that are written like `name`."""
+    """Cards of the table that have all words of `name`, then those that are written like it."""
     by_key = {_key(card.name): card.name for card in CARDS}
-    return [by_key[key] for key in difflib.get_close_matches(_key(name), by_key, n=4, cutoff=0.5)]
+    words = _words(name)
+    holding = [key for key in by_key if all(word in key for word in words)]
+    if not any(len(word) >= _TELLING_CHARACTERS for word in words):
+        holding = []
+    alike = difflib.get_close_matches(_key(name), by_key, n=_NEAR_NAMES, cutoff=0.5)
+    return [by_key[key] for key in dict.fromkeys([*holding, *alike])][:_NEAR_NAMES]
 
 
 def card_of_gpu(name: str, total_bytes: int) -> Card | None:
@@ -207,6 +216,10 @@ def card_of_size(memory_bytes: int) -> Card:
 
 def _key(name: str) -> str:
     """`NVIDIA GeForce RTX 4060 Laptop GPU` and `rtx 4060 laptop` as one."""
-    words = name.upper().replace("-", " ").replace("_", " ").replace("GIB", "GB").split()
+    return "".join(_words(name)).removeprefix("RTX")
+
+
+def _words(name: str) -> list[str]:
+    text = name.upper().replace("-", " ").replace("_", " ").replace("GIB", "GB")
     drop = {"NVIDIA", "GEFORCE", "GPU", "DESKTOP", "RTX", "GTX", "TESLA"}
-    return "".join(word for word in words if word not in drop).removeprefix("RTX")
+    return [word for word in text.replace("MOBILE", "LAPTOP").split() if word not in drop]

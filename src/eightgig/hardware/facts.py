@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eightgig.config import default_cache_dir
+from eightgig.config import default_cache_dir, expand_home
 from eightgig.hardware.nvml import Gpu, NvmlReading, read_nvml, visible_gpu
 from eightgig.hardware.probe import (
     Rates,
@@ -45,7 +45,8 @@ _PACKAGES = (
 _NVIDIA_VENDOR = "0x10de"
 _PIN_PROBE_BYTES = 2 * GIB
 _IMPORT_SECONDS = 180.0
-_LAST_LINES = 6
+# Messages of bitsandbytes have up to 20.
+_LAST_LINES = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -331,7 +332,10 @@ def _has_hf_token() -> bool:
     if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
         return True
     path = Path(os.environ.get("HF_TOKEN_PATH") or _hub_home() / "token")
-    return path.is_file() and path.stat().st_size > 0
+    try:
+        return path.is_file() and path.stat().st_size > 0
+    except PermissionError:  # huggingface_hub could not read it, either
+        return False
 
 
 def _hub_folder() -> Path:
@@ -342,5 +346,5 @@ def _hub_folder() -> Path:
 def _hub_home() -> Path:
     home = os.environ.get("HF_HOME")
     if home:
-        return Path(home).expanduser()
+        return expand_home(home)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"

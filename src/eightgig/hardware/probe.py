@@ -202,14 +202,31 @@ def context_bytes(name: str) -> int:
 
 
 def host_memory() -> tuple[int, int]:
-    """Main memory and what of it is free, within the limits of a container."""
+    """Main memory and what of it is free, within the limits of a container.
+
+    A container's use counts the files that it has read or written, too: after a download that is
+    all it may have. They give way when memory is needed, so they are free, as psutil counts them.
+    """
     memory = psutil.virtual_memory()
     total, free = int(memory.total), int(memory.available)
     for limit_path, used_path in _CGROUP_LIMITS:
         limit, used = _read_number(limit_path), _read_number(used_path)
         if limit is not None and used is not None and limit < total:
+            used -= min(used, _cached_bytes(used_path.with_name("memory.stat")))
             total, free = limit, max(0, min(free, limit - used))
     return total, free
+
+
+def _cached_bytes(stat_path: Path) -> int:
+    """Pages of files that a container holds; version 1 has sums over its children beside them."""
+    try:
+        lines = stat_path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    sizes = {name: int(size) for name, _, size in (line.partition(" ") for line in lines)}
+    return sum(
+        sizes.get(f"total_{name}", sizes.get(name, 0)) for name in ("active_file", "inactive_file")
+    )
 
 
 def pin_limit_bytes(host_total_bytes: int) -> int:
@@ -228,9 +245,16 @@ def is_wsl() -> bool:
 def disk_free_bytes(folder: Path) -> int:
     """Free bytes on the disk that `folder` is or will be on."""
     existing = folder.expanduser().absolute()
-    while not existing.exists() and existing != existing.parent:
+    while not _may_see(existing) and existing != existing.parent:
         existing = existing.parent
     return shutil.disk_usage(existing).free
+
+
+def _may_see(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # a folder of another user; until Python 3.14 it is not just absent
+        return False
 
 
 def cpu_threads() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,9 +14,14 @@ from eightgig.hardware.nvml import NVML_PACKAGE
 # First driver of the branch that serves each major CUDA version (NVIDIA's compatibility table).
 _DRIVER_FOR_CUDA = {11: 450, 12: 525, 13: 580}
 _TORCH_INDEX = "https://download.pytorch.org/whl/"
+_TORCH = '"torch>=2.11,<2.14"'
+_BITSANDBYTES = '"bitsandbytes>=0.50,<0.51"'
+_REINSTALL = "python -m pip install --force-reinstall"
 _NEWEST_CUDA_TAGS = {13: "cu130", 12: "cu126"}
 _OLDEST_CAPABILITY = (7, 5)
 _PYTHON_RANGE = ((3, 11), (3, 13))
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)(?::|$)")
+_MESSAGE_CHARACTERS = 240
 # Quantising normal numbers to NF4 loses 9.2 %; arithmetic in 16 bit less than 2 %.
 _LARGEST_ERRORS = {"weight": 0.12, "forward": 0.02, "gradient": 0.03, "update": 0.05}
 
@@ -84,11 +90,21 @@ def _install_driver(facts: Facts, version: int) -> str:
 
 
 def _reinstall_torch(tag: str) -> str:
-    return f"python -m pip install --force-reinstall torch --index-url {_TORCH_INDEX}{tag}"
+    return f"{_REINSTALL} {_TORCH} --index-url {_TORCH_INDEX}{tag}"
 
 
-def _gpu_torch(facts: Facts) -> str:
-    """How to get a torch that this driver serves, and a driver first where it serves none."""
+def _unset(facts: Facts, variable: str) -> str:
+    return f"Remove-Item Env:{variable}" if facts.system == "Windows" else f"unset {variable}"
+
+
+def _fitting_torch(facts: Facts) -> str:
+    """How to get a torch that this driver serves, and a driver first where it serves none.
+
+    With a card it comes from torch's own index: what pip has by itself is built for processors on
+    Windows, and elsewhere for the newest drivers alone.
+    """
+    if facts.gpu is None:
+        return f"{_REINSTALL} {_TORCH}"
     major = (facts.nvml.cuda_version or (13, 0))[0]
     if major >= min(_NEWEST_CUDA_TAGS):
         return _reinstall_torch(_NEWEST_CUDA_TAGS.get(major, _NEWEST_CUDA_TAGS[13]))
@@ -108,7 +124,7 @@ def check_torch(facts: Facts) -> Iterator[Finding]:
             code="doctor.torch_missing",
             message=f"torch cannot be imported: {_last_line(torch.error)}",
             why="Everything is computed with it.",
-            fix='python -m pip install --force-reinstall "torch>=2.11,<2.14"',
+            fix=_fitting_torch(facts),
         )
         return
     if gpu is None:
@@ -119,7 +135,7 @@ def check_torch(facts: Facts) -> Iterator[Finding]:
             code="doctor.torch_cpu_build",
             message=f"torch {torch.version} was built for processors only; {gpu.name} is idle.",
             why="It came from an index without GPU builds, or the driver was missing then.",
-            fix=_gpu_torch(facts),
+            fix=_fitting_torch(facts),
         )
     elif not torch.is_cuda_available:
         cause = _last_line(torch.error) or "it gives no reason"
@@ -129,7 +145,7 @@ def check_torch(facts: Facts) -> Iterator[Finding]:
             message=f"torch {torch.version} for CUDA {torch.cuda_build} cannot use {gpu.name}: "
             f"{cause}",
             why="Driver and torch do not fit, or CUDA_VISIBLE_DEVICES hides the card.",
-            fix=f"unset CUDA_VISIBLE_DEVICES; nvidia-smi; {_gpu_torch(facts)}",
+            fix=f"{_unset(facts, 'CUDA_VISIBLE_DEVICES')}; nvidia-smi; {_fitting_torch(facts)}",
         )
     elif torch.architectures and not _has_kernels(torch.architectures, gpu.compute_capability):
         major, minor = gpu.compute_capability
@@ -138,7 +154,7 @@ def check_torch(facts: Facts) -> Iterator[Finding]:
             code="doctor.torch_architecture",
             message=f"torch {torch.version} has no kernels for sm_{major}{minor} ({gpu.name}).",
             why=f"It was built for {', '.join(torch.architectures)}.",
-            fix=_gpu_torch(facts),
+            fix=_fitting_torch(facts),
         )
 
 
@@ -185,14 +201,14 @@ def check_capability(facts: Facts) -> Iterator[Finding]:
 def check_bitsandbytes(facts: Facts) -> Iterator[Finding]:
     """Whether bitsandbytes imports and found the library for this device."""
     found = facts.bitsandbytes
-    pip = "python -m pip install --force-reinstall --no-deps"
+    reinstall = f"{_REINSTALL} --no-deps {_BITSANDBYTES}"
     if found.version is None:
         yield Finding(
             severity="error",
             code="doctor.bitsandbytes_missing",
             message=f"bitsandbytes cannot be imported: {_last_line(found.error)}",
             why="It quantises to NF4 and brings the 8-bit optimizers.",
-            fix=f'{pip} "bitsandbytes>=0.50,<0.51"',
+            fix=reinstall,
         )
     elif facts.gpu is not None and facts.torch.is_cuda_available and not found.is_cuda_library:
         wanted = found.wanted or facts.torch.cuda_build or "unknown"
@@ -205,7 +221,7 @@ def check_bitsandbytes(facts: Facts) -> Iterator[Finding]:
                 f"{wanted} and brings {brought}. {_last_line(found.error)}".strip()
             ),
             why="Without it neither NF4 nor the 8-bit optimizers run on the card.",
-            fix=f"unset BNB_CUDA_VERSION; {pip} -U bitsandbytes",
+            fix=f"{_unset(facts, 'BNB_CUDA_VERSION')}; {reinstall}",
         )
 
 
@@ -235,7 +251,7 @@ def check_step(facts: Facts) -> Iterator[Finding]:
             why=f"{', '.join(wrong)} should be within "
             + ", ".join(f"{_LARGEST_ERRORS[name]:.2g}" for name in wrong)
             + " of the float32 result.",
-            fix="python -m pip install --force-reinstall -U torch bitsandbytes",
+            fix=f"{_fitting_torch(facts)}   then: {_REINSTALL} --no-deps {_BITSANDBYTES}",
         )
     else:
         yield Finding(
@@ -257,7 +273,9 @@ def check_triton(facts: Facts) -> Iterator[Finding]:
     """Whether the fused kernels can be compiled."""
     if facts.gpu is None or not facts.torch.is_cuda_available:
         return
-    package = "triton-windows" if facts.system == "Windows" else "triton"
+    is_windows = facts.system == "Windows"
+    package = "triton-windows" if is_windows else "triton"
+    delete = "Remove-Item -Recurse -Force" if is_windows else "rm -rf"
     if not has_triton(facts.versions):
         yield Finding(
             severity="warning",
@@ -266,7 +284,7 @@ def check_triton(facts: Facts) -> Iterator[Finding]:
             why="The fused kernels are written in it; plain PyTorch takes more memory and time.",
             fix=f"python -m pip install {package}",
         )
-    elif facts.c_compiler is None and facts.system != "Windows":
+    elif facts.c_compiler is None and not is_windows:
         yield Finding(
             severity="warning",
             code="doctor.no_compiler",
@@ -285,7 +303,7 @@ def check_triton(facts: Facts) -> Iterator[Finding]:
             why="The fused kernels are written in it; plain PyTorch takes more memory and time.",
             fix="sudo apt install python3-dev"
             if lacks_headers
-            else f"rm -rf ~/.triton; python -m pip install --force-reinstall {package}",
+            else f"{delete} ~/.triton; {_REINSTALL} {package}",
         )
 
 
@@ -307,12 +325,12 @@ _BAD_VERSIONS = (
     _BadVersion(
         package="torch", first=(0,), end=(2, 11), severity="error",
         why="Products of bfloat16 with float32 sums came with torch 2.11.",
-        fix='"torch>=2.11,<2.14"',
+        fix=_TORCH,
     ),
     _BadVersion(
         package="torch", first=(2, 14), end=_ALWAYS, severity="warning",
         why="Newer than the tested releases; private attention operators may have changed.",
-        fix='"torch>=2.11,<2.14"',
+        fix=_TORCH,
     ),
     _BadVersion(
         package="transformers", first=(5, 5, 0), end=(5, 5, 2), severity="error",
@@ -337,12 +355,12 @@ _BAD_VERSIONS = (
     _BadVersion(
         package="bitsandbytes", first=(0,), end=(0, 50), severity="error",
         why="Its NF4 kernels and libraries differ from the format that is written.",
-        fix='"bitsandbytes>=0.50,<0.51"',
+        fix=_BITSANDBYTES,
     ),
     _BadVersion(
         package="bitsandbytes", first=(0, 51), end=_ALWAYS, severity="warning",
         why="Newer than the tested releases.",
-        fix='"bitsandbytes>=0.50,<0.51"',
+        fix=_BITSANDBYTES,
     ),
     _BadVersion(
         package="peft", first=(0,), end=(0, 21), severity="warning",
@@ -366,7 +384,9 @@ def check_versions(facts: Facts) -> Iterator[Finding]:
                 code=f"doctor.version_{bad.package}",
                 message=f"{bad.package} {installed} is installed.",
                 why=bad.why,
-                fix=f"python -m pip install {bad.fix}",
+                fix=_fitting_torch(facts)
+                if bad.package == "torch"
+                else f"python -m pip install {bad.fix}",
             )
 
 
@@ -377,5 +397,8 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    """The last line of `text`, or, where a message of several lines ends it, its beginning."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    starts = [number for number, line in enumerate(lines) if _EXCEPTION.match(line)]
+    said = lines[starts[-1] if starts else -1 :]
+    return textwrap.shorten(" ".join(said), _MESSAGE_CHARACTERS, placeholder=" ...")

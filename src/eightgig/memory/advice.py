@@ -14,8 +14,9 @@ from eightgig.config import AUTO, Config
 from eightgig.hardware.cards import DRIVER_BYTES
 from eightgig.hardware.probe import Hardware
 from eightgig.memory import estimate
+from eightgig.memory.host_estimate import checkpoint_file_bytes
 from eightgig.memory.problem import Problem, Solution, solve
-from eightgig.units import format_bytes
+from eightgig.units import GIB, MIB, format_bytes
 
 _PLACE_SETTINGS = (
     "layer_slots",
@@ -54,9 +55,10 @@ def advise(problem: Problem, solution: Solution) -> tuple[str, ...]:
     enough = [change for change in harmless if solve(change.problem).fits]
     notes += [f"{change.text}: then it fits." for change in enough]
     if not enough and len(harmless) > 1:
-        together = _together(problem, solution)
-        if solve(together).fits:
-            notes.append("Together they make it fit: " + "; ".join(c.text for c in harmless) + ".")
+        after = solve(_together(problem, solution))
+        if after.fits:
+            changes = list(_harmless_changes(problem, _with_room(solution, after)))
+            notes.append("Together they make it fit: " + "; ".join(c.text for c in changes) + ".")
             enough = harmless
     notes += _changes_of_training(problem, is_last_resort=bool(enough))
     return tuple(notes)
@@ -102,7 +104,21 @@ def _shortages(problem: Problem, solution: Solution) -> list[str]:
             f"Free {format_bytes(missing)} of disk, or set model.cache_dir to a folder on another "
             f"disk: {format_bytes(solution.disk_bytes)} are needed."
         )
+        lines += _fewer_checkpoints(problem, solution, missing)
     return lines
+
+
+def _fewer_checkpoints(problem: Problem, solution: Solution, missing_bytes: int) -> list[str]:
+    """How many checkpoints the disk could keep, where that is why it is too small."""
+    limit = problem.config.run.save_total_limit
+    checkpoint = checkpoint_file_bytes(solution.work)
+    fewer = limit - -(-missing_bytes // checkpoint)
+    if fewer < 1:
+        return []
+    return [
+        f"run.save_total_limit: {fewer} would fit, too: each checkpoint takes "
+        f"{format_bytes(checkpoint)}."
+    ]
 
 
 def _harmless_changes(problem: Problem, solution: Solution) -> Iterator[_Change]:
@@ -116,7 +132,7 @@ def _harmless_changes(problem: Problem, solution: Solution) -> Iterator[_Change]
             problem=dataclasses.replace(problem, hardware=_without_programs(hardware)),
         )
     for name, budget in (("budget", solution.device), ("host_budget", solution.host)):
-        available = format_bytes(budget.available_bytes)
+        available = _rounded_down(budget.available_bytes)
         if getattr(config.memory, name) == AUTO or budget.total_bytes == budget.available_bytes:
             continue
         if budget.total_bytes < budget.available_bytes:
@@ -143,6 +159,17 @@ def _together(problem: Problem, solution: Solution) -> Problem:
         config = _with_host_optimizer(config)
     hardware = _without_programs(problem.hardware)
     return dataclasses.replace(problem, config=config, hardware=hardware)
+
+
+def _with_room(solution: Solution, after: Solution) -> Solution:
+    """`solution` with what is available once all is done that leads to `after`."""
+    budgets = {
+        name: dataclasses.replace(
+            getattr(solution, name), available_bytes=getattr(after, name).available_bytes
+        )
+        for name in ("device", "host")
+    }
+    return dataclasses.replace(solution, **budgets)
 
 
 def _changes_of_training(problem: Problem, *, is_last_resort: bool) -> list[str]:
@@ -172,6 +199,13 @@ def _longest_fitting(problem: Problem) -> int | None:
         return None
     shorter = dataclasses.replace(problem, wanted_length=longest)
     return longest if solve(shorter).fits else None
+
+
+def _rounded_down(size_bytes: int) -> str:
+    """A size to set: of what is there, rounding up would make more than is there."""
+    if size_bytes < GIB:
+        return f"{size_bytes // MIB} MiB"
+    return format_bytes(size_bytes * 100 // GIB * GIB / 100)
 
 
 def _without_programs(hardware: Hardware) -> Hardware:

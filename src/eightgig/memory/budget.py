@@ -23,7 +23,8 @@ class Budget:
     Attributes:
         total_bytes: The budget.
         available_bytes: What the machine would allow; a setting may stay below it.
-        parts: How `total_bytes` came about; they add up to it.
+        parts: How `total_bytes` came about; they add up to it. `missing` is what is held beyond
+            what there is.
     """
 
     total_bytes: int
@@ -59,5 +60,6 @@ def _limited(parts: dict[str, int], setting: int | str) -> Budget:
     total = available if setting == AUTO else int(setting)
     kept = {name: size for name, size in parts.items() if size}
     if total != sum(kept.values()):
-        kept["set_in_config"] = total - sum(kept.values())
+        rest = "missing" if setting == AUTO else "set_in_config"
+        kept[rest] = total - sum(kept.values())
     return Budget(total_bytes=total, available_bytes=available, parts=kept)

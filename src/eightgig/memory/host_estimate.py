@@ -94,16 +94,19 @@ def table_bytes(work: Workload) -> dict[str, int]:
 def disk_bytes(work: Workload, *, is_prepared: bool, has_tables: bool, num_checkpoints: int) -> int:
     """Prepared layers, tables where they are not there yet, and checkpoints of the run.
 
-    A checkpoint holds masters and two moments; one more is written before the oldest goes. The
-    adapter itself is written at the end.
+    One more checkpoint is written before the oldest goes. The adapter itself is written at the end.
     """
     prepared = 0
     if not is_prepared:
         prepared = layer_blobs_bytes(work)
         prepared += 0 if has_tables else sum(table_bytes(work).values())
-    checkpoint = 3 * 4 * work.master_elements
     adapter = 4 * work.master_elements
-    return prepared + (num_checkpoints + 1) * checkpoint + adapter
+    return prepared + (num_checkpoints + 1) * checkpoint_file_bytes(work) + adapter
+
+
+def checkpoint_file_bytes(work: Workload) -> int:
+    """A checkpoint on the disk: masters and two moments in float32."""
+    return 3 * 4 * work.master_elements
 
 
 def _pinned_run(size_bytes: int) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import prod
 
 from eightgig.config import LoraConfig
+from eightgig.errors import ModelError
+from eightgig.models.families import TEXT_MODULE_PREFIX
 from eightgig.models.spec import MLP_LINEARS, DecoderSpec, LayerSpec, ModelSpec, linear_shapes
 
 # Linears that read the same input are stacked, so that one GEMM serves them.
@@ -102,7 +104,7 @@ def layer_sizes(
 ) -> tuple[LayerSize, ...]:
     """The kinds of layers of `spec`, in order of first appearance, and how many of each."""
     decoder = spec.decoder if isinstance(spec, ModelSpec) else spec
-    prefix = spec.module_prefix if isinstance(spec, ModelSpec) else "model"
+    prefix = spec.module_prefix if isinstance(spec, ModelSpec) else TEXT_MODULE_PREFIX
     sources = {layer.kv_source for layer in decoder.layers}
     kinds: dict[tuple[object, ...], tuple[LayerSpec, frozenset[str], int]] = {}
     for layer in decoder.layers:
@@ -132,6 +134,26 @@ def layer_sizes(
         )
         for layer, targets, count in kinds.values()
     )
+
+
+def check_targets(decoder: DecoderSpec, targets: str | Sequence[str], module_prefix: str) -> None:
+    """Check that `target_modules` names only linears of the decoder, and matches one.
+
+    Raises:
+        ModelError: It does not: nothing, or less than was meant, would be trained.
+    """
+    existing = {name for layer in decoder.layers for name in linear_shapes(decoder, layer)}
+    unknown = [] if isinstance(targets, str) else [name for name in targets if name not in existing]
+    matches = any(
+        adapted_linears(decoder, layer, targets, module_prefix) for layer in decoder.layers
+    )
+    if unknown or not matches:
+        what = ", ".join(unknown) if unknown else f'"{targets}"'
+        raise ModelError(
+            f"lora.target_modules: {what} matches no linear of the decoder.",
+            why="Only the decoder's linears can be adapted; nothing else would be trained.",
+            fix=f"Choose among {', '.join(sorted(existing))}.",
+        )
 
 
 def adapted_linears(

@@ -62,7 +62,7 @@ def write_picture(plan: Plan, path: Path, *, title: str = "") -> None:
         raise ConfigError(
             f"{path} cannot be drawn.",
             why="A picture is an .svg or a .png.",
-            fix=f"Write {path.with_suffix('.svg')}.",
+            fix=f"Write {path.with_suffix('.svg') if path.name else path / 'plan.svg'}.",
         )
     if kind == ".png" and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(

@@ -115,6 +115,7 @@ def make_plan(
 
     Raises:
         ConfigError: A setting asks for what cannot be done.
+        ModelError: `lora.target_modules` matches nothing.
     """
     problem = read_problem(spec, hardware, config, rows=rows, is_prepared=is_prepared)
     solution = solve(problem)

@@ -10,8 +10,10 @@ from eightgig.errors import ConfigError
 from eightgig.hardware.probe import Hardware, Rates
 from eightgig.memory import estimate, host_estimate
 from eightgig.memory.budget import Budget, device_budget, host_budget
+from eightgig.memory.layers import check_targets
 from eightgig.memory.search import SUPPORTED_OFFLOADS, Candidate, Search
 from eightgig.memory.workload import ComputeDtype, RowLengths, Workload, build_workload
+from eightgig.models.families import TEXT_MODULE_PREFIX
 from eightgig.models.spec import DecoderSpec, ModelSpec
 
 # Planned for where neither the config nor data say how long rows are.
@@ -109,6 +111,7 @@ def read_problem(
 
     Raises:
         ConfigError: A setting asks for what cannot be done.
+        ModelError: `lora.target_modules` matches nothing.
     """
     decoder = spec.decoder if isinstance(spec, ModelSpec) else spec
     if config.data.max_length != AUTO:
@@ -125,6 +128,8 @@ def read_problem(
             fix=f"Set data.max_length: {decoder.max_positions} or less, or auto.",
         )
     _check_memory_settings(config, wanted)
+    prefix = spec.module_prefix if isinstance(spec, ModelSpec) else TEXT_MODULE_PREFIX
+    check_targets(decoder, config.lora.target_modules, prefix)
     return Problem(
         spec=spec,
         hardware=hardware,
@@ -235,7 +240,8 @@ def _num_steps(config: Config, rows: RowLengths | None) -> int | None:
         return train.max_steps
     if rows is None:
         return None
-    return math.ceil(rows.num_rows / train.rows_per_step * train.num_train_epochs)
+    # As in training: the last step of an epoch has the rows that are left.
+    return math.ceil(train.num_train_epochs * math.ceil(rows.num_rows / train.rows_per_step))
 
 
 def _check_memory_settings(config: Config, max_length: int) -> None:

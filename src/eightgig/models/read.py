@@ -89,9 +89,11 @@ def _find_family(config: Mapping[str, Any], *, name: str) -> tuple[Family, Condi
     conditional = find_conditional(str(model_type))
     family = find_family(conditional.text_model_type if conditional else str(model_type))
     if family is None:
+        said = "its config has no `model_type`"
+        if model_type is not None:
+            said = f'its config says `model_type: "{str(model_type)[:60]}"`'
         raise ModelError(
-            f"The family of {name} is not supported: its config says "
-            f'`model_type: "{str(model_type)[:60]}"`.',
+            f"The family of {name} is not supported: {said}.",
             why="The decoder is built by eightgig itself, one family at a time.",
             fix=f"Choose a model of one of these families: {SUPPORTED}.",
         )

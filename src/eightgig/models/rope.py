@@ -105,7 +105,9 @@ def _rope_spec(settings: Settings, parameters: Mapping[str, Any]) -> RopeSpec:
     for key, value in checked.items():
         is_flag = key == "truncate" and isinstance(value, bool)
         if not is_flag and (not is_number(value) or value <= 0):
-            settings.refuse("rope_parameters", f"settings with a positive number for `{key}`")
+            # Old configs have `rope_scaling` and `rope_theta` instead: what they say is shown.
+            said = Settings(name=settings.name, values={"rope_parameters": checked}, defaults={})
+            said.refuse("rope_parameters", f"settings with a positive number for `{key}`")
     _check_partial_factor(settings, kind, float(checked["partial_rotary_factor"]))
     return RopeSpec(
         theta=float(checked["rope_theta"]),

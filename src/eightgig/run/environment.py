@@ -67,7 +67,11 @@ def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
     versions = {}
     for library in libraries:
         try:
-            versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
+            version: str | None = metadata.version(library)
+        except (metadata.PackageNotFoundError, KeyError):
             continue
+        # None (from 3.15 on an error) where an installation was broken off: there is a folder of
+        # that name and nothing in it.
+        if version is not None:
+            versions[library] = version
     return versions

@@ -42,7 +42,10 @@ def mask_secrets(text: str) -> str:
 
 def hide_home(text: str) -> str:
     """`text` with `~` for the path of the home folder, as it is and as JSON writes it."""
-    home = str(Path.home())
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # a user without one
+        return text
     if len(home) <= 1:
         return text
     return text.replace(json.dumps(home)[1:-1], "~").replace(home, "~")

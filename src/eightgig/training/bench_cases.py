@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from eightgig.config import default_cache_dir, full_setting, read_config
-from eightgig.errors import EightgigError, HardwareError
+from eightgig.config import default_cache_dir, full_setting, read_config, text_setting
+from eightgig.errors import ConfigError, EightgigError, HardwareError
 from eightgig.hardware.probe import Rates, disk_free_bytes
 from eightgig.memory.host_estimate import table_bytes
 from eightgig.memory.workload import build_workload
@@ -149,19 +149,22 @@ def make_cases(
         shares_layers: See `BenchCase`.
 
     Raises:
-        ConfigError: There is no such setting, or it cannot have such a value.
+        ConfigError: There is no such setting, it cannot have such a value, it is compared twice,
+            or it names another model.
         ModelError: No such model, or one that cannot be trained.
     """
     require_trainable(find_shape(model))
     shared = [_setting(text) for text in settings]
     names = [name for name, _ in compare]
+    compared = [_setting(f"{name}=").partition("=")[0] for name in names]
+    _check_names([text.partition("=")[0] for text in shared], compared)
     cases = []
     for values in itertools.product(*(values for _, values in compare)):
         pairs = list(zip(names, values, strict=True))
         own = [_setting(f"{name}={value}") for name, value in pairs]
         case = BenchCase(
             name="",
-            settings=(f"model.name={model}", "data.path=random", *shared, *own),
+            settings=(text_setting("model.name", model), "data.path=random", *shared, *own),
             timed_steps=timed_steps,
             stores=str(stores or default_cache_dir() / "bench"),
             shares_layers=shares_layers,
@@ -171,6 +174,22 @@ def make_cases(
         name = ", ".join((f"{model}-{config.train.rows_per_step}x{config.data.max_length}", *said))
         cases.append(replace(case, name=name))
     return tuple(cases)
+
+
+def _check_names(shared: Sequence[str], compared: Sequence[str]) -> None:
+    if "model.name" in (*shared, *compared):
+        raise ConfigError(
+            "model.name cannot be set or compared here.",
+            why="The cases would carry the name of the model that the command names.",
+            fix="Call `eightgig bench` once for each model; --output appends.",
+        )
+    twice = [name for number, name in enumerate(compared) if name in compared[:number]]
+    if twice:
+        raise ConfigError(
+            f"{twice[0]} is compared twice.",
+            why="Of each pair of values the last one alone would be timed.",
+            fix="Give all its values at once: --compare NAME=A,B,C.",
+        )
 
 
 def _setting(text: str) -> str:

@@ -67,6 +67,7 @@ def test_every_card_is_found_by_its_name_and_by_the_driver_s(card: object) -> No
         ("3060 8GB", "GeForce RTX 3060 8GB"),
         ("3060 12GiB", "GeForce RTX 3060"),
         ("4060 Ti 16GB", "GeForce RTX 4060 Ti 16GB"),
+        ("RTX 4060 Mobile", "GeForce RTX 4060 Laptop GPU"),
     ],
 )
 def test_people_write_names_in_many_ways(text: str, name: str) -> None:
@@ -128,6 +129,21 @@ def test_neither_a_card_nor_a_size_is_refused_with_near_names() -> None:
     with pytest.raises(HardwareError, match="neither a card of the table nor a size") as caught:
         hardware_from_card("RTX 4061")
     assert "RTX 4060" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("A100", "A100-SXM4-40GB"),
+        ("h100", "H100 80GB HBM3"),
+        ("a2000", "RTX A2000 12GB"),
+        ("Laptop 4060", "GeForce RTX 4060 Laptop GPU"),
+    ],
+)
+def test_a_card_with_all_the_words_is_named_first(text: str, first: str) -> None:
+    with pytest.raises(HardwareError) as caught:
+        hardware_from_card(text)
+    assert f'"8GiB", or a name such as {first}' in caught.value.fix
 
 
 @pytest.mark.parametrize("size", ["0GiB", "8", "512MiB"])

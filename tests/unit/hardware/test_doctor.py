@@ -95,8 +95,8 @@ FAULTS: list[tuple[Make, str, bool, str, str]] = [
             )
         ),
         "doctor.driver_old", True, "Driver 550.54.14 serves CUDA up to 12.4",
-        "nvidia-driver-580 && sudo reboot   or: python -m pip install --force-reinstall torch "
-        "--index-url https://download.pytorch.org/whl/cu126",
+        "nvidia-driver-580 && sudo reboot   or: python -m pip install --force-reinstall "
+        '"torch>=2.11,<2.14" --index-url https://download.pytorch.org/whl/cu126',
     ),
     (
         lambda: gpu_machine(
@@ -118,6 +118,27 @@ FAULTS: list[tuple[Make, str, bool, str, str]] = [
     (
         lambda: gpu_machine(torch=BROKEN_TORCH),
         "doctor.torch_missing", True, "libcudart.so.13", '"torch>=2.11,<2.14"',
+    ),
+    (
+        lambda: gpu_machine(torch=BROKEN_TORCH, system="Windows"),
+        "doctor.torch_missing", True, "libcudart.so.13", "--index-url https://download.pytorch.org/",
+    ),
+    (
+        lambda: gpu_machine(
+            torch=torch_facts(gpu_machine(), is_cuda_available=False), system="Windows"
+        ),
+        "doctor.torch_no_cuda", True, "no reason", "Remove-Item Env:CUDA_VISIBLE_DEVICES; ",
+    ),
+    (
+        lambda: gpu_machine(
+            triton=TritonFacts(error="ImportError: DLL load failed"), system="Windows"
+        ),
+        "doctor.triton_broken", False, "DLL load failed",
+        "Remove-Item -Recurse -Force ~/.triton; python -m pip install --force-reinstall triton-win",
+    ),
+    (
+        lambda: gpu_machine(versions={"torch": "2.10.0", "triton": "3"}, system="Windows"),
+        "doctor.version_torch", True, "torch 2.10.0", "--index-url https://download.pytorch.org/",
     ),
     (
         lambda: gpu_machine(torch=TorchFacts(version="2.13.0+cpu")),

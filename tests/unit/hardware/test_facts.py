@@ -136,6 +136,28 @@ def test_installed_packages_are_listed_without_importing_them() -> None:
     assert "no-such-package" not in versions
 
 
+def test_a_package_whose_installation_was_broken_off_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torch-2.13.0.dist-info").mkdir()
+    (tmp_path / "torch-2.13.0.dist-info" / "METADATA").write_text("", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    versions = module.installed_versions(module._PACKAGES)
+    assert "torch" not in versions
+    assert "transformers" in versions
+
+
+def test_the_token_of_another_user_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "is_file", refuse)
+    assert not module._has_hf_token()
+
+
 def test_an_nvml_package_that_does_not_import_is_a_finding(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

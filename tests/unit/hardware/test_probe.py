@@ -78,6 +78,40 @@ def test_a_container_s_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert free <= GIB - GIB // 4
 
 
+@pytest.mark.parametrize(
+    "stat",
+    [
+        "anon 1\nactive_file 536870912\ninactive_file 268435456\nslab 7\n",
+        "inactive_file 5\nactive_file 5\n"
+        "total_inactive_file 268435456\ntotal_active_file 536870912\n",
+    ],
+)
+def test_files_that_a_container_has_read_are_free_memory(
+    stat: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limit, used = tmp_path / "max", tmp_path / "current"
+    limit.write_text(f"{GIB}\n", encoding="ascii")
+    used.write_text(f"{GIB}\n", encoding="ascii")
+    monkeypatch.setattr(module, "_CGROUP_LIMITS", ((limit, used),))
+    assert host_memory() == (GIB, 0)
+    (tmp_path / "memory.stat").write_text(stat, encoding="ascii")
+    assert host_memory() == (GIB, 3 * GIB // 4)
+
+
+def test_the_disk_of_a_folder_that_may_not_be_seen_is_that_of_what_may(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hidden, exists = tmp_path / "hidden" / "cache", Path.exists
+
+    def refuse(path: Path) -> bool:
+        if path.is_relative_to(hidden):
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert module.disk_free_bytes(hidden / "eightgig") > 0
+
+
 def test_no_limit_is_no_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "_CGROUP_LIMITS", ())
     expected, _ = host_memory()

@@ -11,6 +11,7 @@ from eightgig.config import (
     LoraConfig,
     MemoryConfig,
     ModelConfig,
+    RunConfig,
     TrainConfig,
 )
 from eightgig.hardware.cards import hardware_from_card
@@ -66,6 +67,7 @@ def config(
     lora: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
     memory: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
 ) -> Config:
     """A config with some settings changed, by group."""
     return Config(
@@ -74,6 +76,7 @@ def config(
         lora=LoraConfig(**(lora or {})),
         train=TrainConfig(**(train or {})),
         memory=MemoryConfig(**(memory or {})),
+        run=RunConfig(**(run or {})),
     )
 
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from eightgig.hardware.cards import DRIVER_BYTES
 from eightgig.memory.plan import Plan, make_plan
-from eightgig.units import GIB
+from eightgig.units import GIB, MIB, parse_bytes
 from tests.unit.memory import cases
 
 
@@ -101,6 +102,18 @@ def test_where_only_the_disk_is_too_small_nothing_else_is_advised() -> None:
     assert re.fullmatch(r"Free [\d.]+ GiB of disk, or set model\.cache_dir .* are needed\.", line)
 
 
+def test_a_disk_too_small_for_the_checkpoints_can_keep_fewer() -> None:
+    machine = dataclasses.replace(cases.card(), disk_free_bytes=40 * GIB)
+    lora, run = {"r": 128}, {"save_total_limit": 20}
+    plan, text = _advice(machine=machine, lora=lora, run=run)
+    assert not plan.fits
+    found = re.search(r"run\.save_total_limit: (\d+) would fit, too", text)
+    assert found is not None
+    for limit, fits in ((int(found[1]), True), (int(found[1]) + 1, False)):
+        again, _ = _advice(machine=machine, lora=lora, run={"save_total_limit": limit})
+        assert again.fits is fits
+
+
 def test_with_too_small_a_disk_other_advice_still_holds() -> None:
     machine = dataclasses.replace(cases.card(), disk_free_bytes=GIB)
     plan, text = _advice(machine=machine, memory={"layer_slots": 80})
@@ -125,6 +138,28 @@ def test_a_budget_above_the_card_is_to_be_lowered() -> None:
         r"Lower memory\.budget to 6\.91 GiB, or to auto \(more is not there\): then it fits\.", line
     )
     assert "No setting" not in text
+
+
+@pytest.mark.parametrize("held_mib", range(0, 40, 4))
+def test_a_budget_that_is_advised_fits_to_the_letter(held_mib: int) -> None:
+    machine = cases.card(context_bytes=(500 + held_mib) * MIB)
+    _, text = _advice(machine=machine, memory={"budget": 20 * GIB})
+    found = re.search(r"memory\.budget to ([\d.]+ \w+),", text)
+    assert found is not None
+    plan, _ = _advice(machine=machine, memory={"budget": parse_bytes(found[1])})
+    assert plan.fits
+
+
+def test_a_budget_that_helps_together_is_that_after_all_else() -> None:
+    machine = cases.card(display_bytes=5 * GIB)
+    settings: dict[str, Any] = {"data": {"max_length": 16_384}}
+    _, text = _advice("12B", machine, memory={"budget": GIB}, **settings)
+    assert "Together they make it fit: Close programs" in text
+    found = re.search(r"Together.* Raise memory\.budget to up to ([\d.]+ GiB)", text)
+    assert found is not None
+    after = cases.card(display_bytes=DRIVER_BYTES)
+    plan, _ = _advice("12B", after, memory={"budget": parse_bytes(found[1])}, **settings)
+    assert plan.fits
 
 
 def test_a_large_model_on_a_processor_is_called_slow_and_a_small_one_is_not() -> None:

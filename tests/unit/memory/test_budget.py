@@ -56,6 +56,8 @@ def test_a_full_card_leaves_nothing_rather_than_less() -> None:
     budget = device_budget(full, MemoryConfig(), managed_bytes=0)
     assert budget.total_bytes == 0
     assert sum(budget.parts.values()) == 0
+    assert budget.parts["missing"] > 0
+    assert "set_in_config" not in budget.parts
 
 
 @pytest.mark.parametrize("total_gib", [8, 16, 64])

@@ -229,6 +229,15 @@ def test_known_rows_make_the_plan_smaller_and_give_a_time() -> None:
     assert slow < known.tokens_per_second < fast
 
 
+@pytest.mark.parametrize(("num_rows", "epochs", "steps"), [(9, 7, 14), (20, 4, 12), (8, 0.5, 1)])
+def test_each_epoch_ends_with_a_step_as_in_training(
+    num_rows: int, epochs: float, steps: int
+) -> None:
+    train = {"num_train_epochs": epochs, "gradient_accumulation_steps": 8}
+    plan = _plan(rows=dataclasses.replace(ROWS, num_rows=num_rows), train=train)
+    assert plan.num_steps == steps
+
+
 def test_max_steps_is_a_time_without_rows() -> None:
     plan = _plan(train={"max_steps": 10})
     assert plan.num_steps == 10

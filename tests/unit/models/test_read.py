@@ -62,7 +62,7 @@ def test_other_families_are_refused_with_the_list_of_ours(model_type: object) ->
 
 
 def test_a_config_without_family_is_refused() -> None:
-    assert "not supported" in _refusal({}).message
+    assert _refusal({}).message.endswith("is not supported: its config has no `model_type`.")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,9 @@ def test_a_config_without_family_is_refused() -> None:
 )
 def test_values_that_make_no_model_are_refused_by_name(key: str, value: object) -> None:
     named = "rope_parameters" if key.startswith("rope") else key
-    assert f"`{named}`" in _refusal(LLAMA, **{key: value}).message
+    message = _refusal(LLAMA, **{key: value}).message
+    assert f"`{named}`" in message
+    assert value is None or "to None" not in message
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,14 @@ def test_a_forged_list_of_files_is_damage(files: object, run: Run) -> None:
     assert find_checkpoint(run).path == run.checkpoints_path / "step-000005"
 
 
+def test_a_checkpoint_without_the_number_of_threads_is_whole(run: Run) -> None:
+    path = run.checkpoints_path / "step-000010" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["cpu_threads"]
+    path.write_bytes(json_bytes({**manifest, "sha256": manifest_sha256(manifest)}))
+    assert are_equal(read_checkpoint(path.parent), NEWEST)
+
+
 class _Taker:
     """Takes what a resumed run loads into adapter and optimizer."""
 

@@ -19,7 +19,7 @@ from eightgig.config import Config, DataConfig, LoraConfig, ModelConfig, RunConf
 from eightgig.errors import ConfigError, DoesNotFitError, ModelError, RunError
 from eightgig.finetune import finetune
 from eightgig.models.checkpoint import read_model_spec
-from eightgig.training import identity, worker
+from eightgig.training import identity, resume, worker
 from eightgig.training.step import PreparedStep, make_schedule, prepare_step, run_step
 from tests import engines, jobs, tiny
 
@@ -182,6 +182,23 @@ def test_other_versions_are_refused_by_name_and_can_be_allowed(
     assert found == [("resume.version", "warning")] * 2
     # From here on the run is one of these versions.
     assert _finish(finetune(config, resume=True)) == []
+
+
+def test_another_number_of_threads_is_said_on_resume(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(folder, tmp_path, save_steps=2)
+    threads = torch.get_num_threads()
+    reports = finetune(config)
+    assert [next(reports).step for _ in range(3)] == [1, 2, 3]
+    reports.close()
+    monkeypatch.setattr(resume.torch, "get_num_threads", lambda: threads + 1)
+    seen: list[Any] = []
+    reports = finetune(config, resume=True, observe=seen.append)
+    assert [report.step for report in reports] == [3, 4, 5, 6]
+    (found,) = (item for item in seen if getattr(item, "code", "") == "resume.threads")
+    assert found.severity == "warning"
+    assert f"OMP_NUM_THREADS={threads} " in found.fix
 
 
 def test_allowed_versions_allow_nothing_else(folder: Path, tmp_path: Path) -> None:

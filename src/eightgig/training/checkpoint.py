@@ -52,6 +52,7 @@ class CheckpointManifest:
         fingerprints: Hashes a resumed run must agree with: config, data, model.
         versions: Versions of eightgig and the libraries that decide results.
         settings: All settings as JSON, to name what differs.
+        cpu_threads: Threads that the layers were computed with; 0 on a GPU, or where not known.
         sha256: Of this manifest itself without this field.
     """
 
@@ -61,6 +62,7 @@ class CheckpointManifest:
     fingerprints: Mapping[str, str]
     versions: Mapping[str, str]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    cpu_threads: int = 0
     sha256: str = ""
 
 
@@ -187,6 +189,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 fingerprints=manifest.fingerprints,
                 versions=manifest.versions,
                 settings=manifest.settings,
+                cpu_threads=manifest.cpu_threads,
             ),
         )
     except (OSError, ValueError, TensorFileError) as error:

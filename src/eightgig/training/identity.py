@@ -38,11 +38,13 @@ class RunIdentity:
         fingerprints: Hashes by name: config, data, held_out, model.
         versions: Versions of eightgig and of the libraries that decide results.
         settings: All settings as JSON, to name what differs.
+        cpu_threads: Threads that the layers are computed with; 0 on a GPU, or where not known.
     """
 
     fingerprints: Mapping[str, str]
     versions: Mapping[str, str]
     settings: Mapping[str, Any]
+    cpu_threads: int = 0
 
 
 def model_fingerprint(decoder: DecoderSpec, store_key: str) -> str:
@@ -57,7 +59,12 @@ def model_fingerprint(decoder: DecoderSpec, store_key: str) -> str:
 
 
 def identify_run(
-    config: Config, *, data_fingerprint: str, model_key: str, held_out_fingerprint: str = ""
+    config: Config,
+    *,
+    data_fingerprint: str,
+    model_key: str,
+    held_out_fingerprint: str = "",
+    cpu_threads: int = 0,
 ) -> RunIdentity:
     """The identity of a run.
 
@@ -66,6 +73,7 @@ def identify_run(
         data_fingerprint: `Dataset.fingerprint` of the rows trained on.
         model_key: Hash of the base model, `model_fingerprint`.
         held_out_fingerprint: `Dataset.fingerprint` of the rows held out, empty without any.
+        cpu_threads: Threads that the layers are computed with, 0 on a GPU.
     """
     settings = to_json(config)
     flat = _flatten(settings)
@@ -84,6 +92,7 @@ def identify_run(
         },
         versions=library_versions(),
         settings=settings,
+        cpu_threads=cpu_threads,
     )
 
 
@@ -101,8 +110,9 @@ def explain_differences(saved: RunIdentity, current: RunIdentity) -> list[Findin
         current: Of the run as it was called now.
 
     Returns:
-        Findings of severity `error` where the result would be another, and of `note` where it
-        would be the same up to rounding; empty when nothing that matters differs.
+        Findings of severity `error` where the result would be another, and of `note` (of
+        `warning` where nobody asked for it) where it would be the same up to rounding; empty when
+        nothing that matters differs.
     """
     findings = _setting_differences(saved, current)
     if saved.fingerprints.get("data") != current.fingerprints.get("data"):
@@ -153,6 +163,18 @@ def explain_differences(saved: RunIdentity, current: RunIdentity) -> list[Findin
                     "--allow-changed-versions: the rest is then not bit for bit the same run.",
                 )
             )
+    if saved.cpu_threads and current.cpu_threads and saved.cpu_threads != current.cpu_threads:
+        findings.append(
+            _difference(
+                "resume.threads",
+                f"The layers are computed with {current.cpu_threads} threads on the processor; "
+                f"so far it was {saved.cpu_threads}.",
+                why="Their sums round otherwise: the rest of the run is not bit for bit the same.",
+                fix="For the same last digits, stop, set "
+                f"OMP_NUM_THREADS={saved.cpu_threads} and resume again.",
+                severity="warning",
+            )
+        )
     return findings
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from eightgig.adapters.files import read_adapter
 from eightgig.adapters.lora import Adapter
 from eightgig.config import Config, LoraConfig, write_config
@@ -76,6 +78,7 @@ def begin(  # noqa: PLR0913 - a run goes on if none of these has changed
         data_fingerprint=rows.fingerprint,
         held_out_fingerprint=held_out.fingerprint if held_out else "",
         model_key=model_fingerprint(spec.decoder, store.manifest.key),
+        cpu_threads=torch.get_num_threads() if loaded.plan.device == "cpu" else 0,
     )
     accepted = {VERSION_CODE} if allow_changed_versions else set[str]()
     state = resume_run(run, identity, adapter, optimizer, observe, accepted=accepted)

@@ -204,6 +204,7 @@ def _write_files(staged: StagedFolder, checkpoint: Checkpoint) -> int:
         fingerprints=checkpoint.identity.fingerprints,
         versions=checkpoint.identity.versions,
         settings=checkpoint.identity.settings,
+        cpu_threads=checkpoint.identity.cpu_threads,
     )
     signed = dataclasses.replace(manifest, sha256=manifest_sha256(to_json(manifest)))
     last = staged.write(MANIFEST_NAME, [json_bytes(signed)])

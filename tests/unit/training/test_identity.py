@@ -146,6 +146,23 @@ def test_another_library_is_named() -> None:
     assert "torch 2.11.0" in finding.fix
 
 
+def test_another_number_of_threads_is_named_and_no_obstacle() -> None:
+    saved = replace(_identify(), cpu_threads=2)
+    (finding,) = explain_differences(saved, replace(saved, cpu_threads=8))
+    assert finding.severity == "warning"
+    assert "8 threads" in finding.message
+    assert "so far it was 2" in finding.message
+    assert "OMP_NUM_THREADS=2" in finding.fix
+
+
+@pytest.mark.parametrize(("before", "now"), [(0, 8), (2, 0), (2, 2)])
+def test_threads_matter_only_where_both_parts_are_computed_on_the_processor(
+    before: int, now: int
+) -> None:
+    saved = replace(_identify(), cpu_threads=before)
+    assert explain_differences(saved, replace(saved, cpu_threads=now)) == []
+
+
 def test_a_garbled_saved_identity_names_differences_and_does_not_crash() -> None:
     broken = RunIdentity(fingerprints={}, versions={}, settings={"train": 3, "x": [1]})
     assert explain_differences(broken, _identify())

@@ -43,7 +43,7 @@ def make_checkpoint(step: int, *, seed: int | None = None, best_step: int = 0) -
             best_step=best_step,
             evaluations_without_gain=0,
             rung=0,
-            guards={"start": {"losses": [2.5, 1 / 3]}, "seed": seed},
+            guards={"non_finite": {"in_a_row": 0, "total": step}, "seed": seed},
             is_finished=False,
         ),
         identity=IDENTITY,

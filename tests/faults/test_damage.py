@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -209,6 +210,39 @@ def test_a_newer_format_is_refused_and_left_alone(run: Run) -> None:
 def test_a_forged_list_of_files_is_damage(files: object, run: Run) -> None:
     _forge(run, files=files)
     assert find_checkpoint(run).path == run.checkpoints_path / "step-000005"
+
+
+LOSSES = {"losses": [2.5], "norms": [1.0]}
+
+
+@pytest.mark.parametrize(
+    "guards",
+    [
+        {"steps": "all"},
+        {"said": 3},
+        {"best_loss": [1.0]},
+        {"start": None},
+        {"start": {**LOSSES, "loss_sum": 2.5}},
+        {"start": {**LOSSES, "loss_sum": 10**400, "loss_tokens": 1}},
+        {"recent": {**LOSSES, "loss_tokens": ["many"]}},
+        {"recent": [2.5]},
+        {"speed": {"steps": 3, "start": {}, "recent": []}},
+        {"non_finite": {"in_a_row": "none", "total": 0}},
+        {"dead_layers": {"steps": 1, "silent": [["q_proj"]], "is_open": True}},
+    ],
+)
+def test_guards_that_remember_something_else_are_damage(guards: object, run: Run) -> None:
+    """The first step after resuming would end in a traceback."""
+    path = run.checkpoints_path / "step-000010"
+    state = {**json.loads((path / "state.json").read_text()), "guards": guards}
+    content = json_bytes(state)
+    (path / "state.json").write_bytes(content)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    written = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    _forge(run, files={**files, "state.json": written})
+    found = find_checkpoint(run)
+    assert found.path == run.checkpoints_path / "step-000005"
+    assert [finding.code for finding in found.skipped] == ["checkpoint.damaged"]
 
 
 def test_a_checkpoint_without_the_number_of_threads_is_whole(run: Run) -> None:

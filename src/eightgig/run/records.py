@@ -59,7 +59,10 @@ def _convert_scalar(hint: Any, value: Any, place: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{place}: an integer beyond every float") from error
     if hint in (None, type(None)) and value is None:
         return None
     is_bool_for_number = isinstance(value, bool) and hint is not bool

@@ -18,6 +18,7 @@ from eightgig.disk import REPLACED_SUFFIX, Disk, digest_file, failure_cause
 from eightgig.errors import Finding, RunError
 from eightgig.run import Run, from_json, to_json
 from eightgig.training.identity import RunIdentity
+from eightgig.training.remembered import check_memory
 from eightgig.training.rotation import is_own_folder, list_named, set_aside, step_name
 from eightgig.units import MIB, format_bytes
 
@@ -296,7 +297,9 @@ def _parse_json(path: Path, content: bytes) -> Any:
 def _read_state(path: Path) -> TrainingState:
     """The state in the checkpoint folder `path`; every damage is a ValueError."""
     name = path / STATE_NAME
-    return from_json(TrainingState, _parse_json(name, _read_bounded(name)))
+    state = from_json(TrainingState, _parse_json(name, _read_bounded(name)))
+    check_memory(state.guards)
+    return state
 
 
 def _damaged(path: Path, damage: str) -> RunError:

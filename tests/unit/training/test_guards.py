@@ -21,6 +21,7 @@ from eightgig.training.guards import (
     judge_step,
     wants_layers,
 )
+from eightgig.training.remembered import check_memory
 from eightgig.training.step import StepReport
 from eightgig.training.symptoms import Alarm
 
@@ -49,6 +50,7 @@ def _watch(
         after = judge_step(before.memory, report, vocab_size=vocab, warmup_steps=warmup)
         memory = json.loads(json.dumps(after.memory))
         assert memory == after.memory, "the memory must survive a checkpoint"
+        check_memory(memory)
         alarms += [(report.step, alarm) for alarm in (*before.alarms, *after.alarms)]
         if any(alarm.action == "stop" for _, alarm in alarms):
             break
@@ -295,6 +297,7 @@ def test_speed_is_measured_anew_on_another_machine() -> None:
     for step in range(1, 60):
         memory = judge_step(memory, _report(step), vocab_size=VOCAB, warmup_steps=0).memory
     memory, alarms = forget_speed(memory), []
+    check_memory(memory)
     for step in range(60, 120):
         slow = _report(step, tokens_per_second=100.0)
         judged = judge_step(memory, slow, vocab_size=VOCAB, warmup_steps=0)
@@ -311,6 +314,7 @@ def _judge_norms(steps: list[dict[str, float]]) -> list[Alarm]:
     for step, norms in enumerate(steps, start=1):
         judged = judge_layers(memory, step=step, norms=norms)
         memory = json.loads(json.dumps(judged.memory))
+        check_memory(memory)
         alarms += judged.alarms
     return alarms
 

@@ -263,6 +263,34 @@ def test_the_best_adapter_is_the_best_of_those_that_were_saved(
         assert torch.equal(tensor, kept[name]), name
 
 
+@pytest.mark.parametrize("best_step", [2, STEPS])
+def test_a_best_adapter_that_a_later_save_of_its_step_holds_is_delivered(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_step: int
+) -> None:
+    """The disk is full for the save of the evaluation, and no more for that of the step."""
+    real, failures = loop.save_checkpoint, [best_step]
+    losses = iter([7.0 - step if step <= best_step else 6.0 for step in range(STEPS + 1)])
+
+    def save(run: Any, checkpoint: Any, *, keep: int) -> Any:
+        if checkpoint.state.step in failures:
+            return SaveFailure.of_memory(run, failures.pop(), "the disk is full")
+        return real(run, checkpoint, keep=keep)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(
+        loop.Worker, "loss", lambda *_: HeldOutLoss(loss=next(losses), loss_tokens=9, seconds=1.0)
+    )
+    run = {"eval_steps": 1, "save_steps": 1}
+    job, seen = _finish_watched(_config(base, tmp_path, early_stopping_patience=9, run=run))
+    assert "checkpoint.not_saved" in jobs.codes(seen)
+    said = [] if best_step == STEPS else [{"delivered_step": best_step}]
+    assert jobs.events(seen, "stop") == said
+    kept = read_checkpoint(job.run.checkpoints_path / f"step-{best_step:06d}").adapter
+    assert job.engine.adapter is not None
+    for name, tensor in job.engine.adapter.named_tensors():
+        assert torch.equal(tensor, kept[name]), name
+
+
 def test_a_best_checkpoint_that_is_damaged_since_ends_no_run(base: Path, tmp_path: Path) -> None:
     run = {"eval_steps": 1}
     config = _config(base, tmp_path, early_stopping_patience=1, learning_rate=0.3, run=run)

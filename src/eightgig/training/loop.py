@@ -136,6 +136,8 @@ class _Session:
         self._saved_at = time.monotonic()
         self._has_ended_early = self._has_left = False
         self._speeds: list[float] = []
+        # Loss and step of the best evaluation before one that is not saved yet.
+        self._best_before: tuple[float | None, int] | None = None
 
     def begin(self) -> None:
         """Try what is to come and measure the untouched model, or say where the run goes on."""
@@ -180,6 +182,7 @@ class _Session:
         seconds = time.perf_counter() - start_seconds
         # A pause says nothing about speed.
         seconds = max(seconds - (self._heat.paused_seconds - paused_seconds), 1e-9)
+        self._forget_unsaved_best()
         self._state = replace(
             self._state,
             step=step,
@@ -288,14 +291,15 @@ class _Session:
         )
         self._hear(Judgement(memory=self._state.guards, alarms=alarms), step)
         if progress.best_step == step and job.config.train.early_stopping_patience:
-            failure = self._save(step)
-            if failure is not None:
-                # What was not saved cannot be delivered: the best is the best of those that are.
-                self._state = replace(
-                    self._state,
-                    best_held_out_loss=before.best_held_out_loss,
-                    best_step=before.best_step,
-                )
+            self._best_before = (before.best_held_out_loss, before.best_step)
+            self._save(step)
+
+    def _forget_unsaved_best(self) -> None:
+        """What was not saved cannot be delivered: the best is the best of those that are."""
+        if self._best_before is not None:
+            loss, step = self._best_before
+            self._state = replace(self._state, best_held_out_loss=loss, best_step=step)
+            self._best_before = None
 
     def save_if_due(self, step: int) -> None:
         """Save by steps, minutes and epoch, and when the run is about to stop."""
@@ -382,6 +386,7 @@ class _Session:
             self._say(step, "save", {"failed": result.message})
             return result
         self._saved_step = step
+        self._best_before = None
         if result.rotation_problem:
             self._say(step, "save", {"not_deleted": result.rotation_problem})
         values = {"path": result.path.name, "seconds": result.seconds}

@@ -6,6 +6,7 @@ package), so that no model can know it by heart.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -35,9 +36,13 @@ def read_general_text(path: Path | None) -> tuple[str, ...]:
     """
     source = path or Path(__file__).with_name("general_text.txt")
     try:
-        if source.stat().st_size > _MOST_BYTES:
+        status = source.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise _unusable(source, "it is no regular file")
+        if status.st_size > _MOST_BYTES:
             raise _unusable(source, "it has more than 4 MiB; a sample is enough")
-        text = source.read_text(encoding="utf-8")
+        with source.open(encoding="utf-8") as file:
+            text = file.read(_MOST_BYTES)  # files of /proc say that they have none
     except (OSError, UnicodeDecodeError) as error:
         raise _unusable(source, f"it cannot be read as UTF-8 text ({error})") from error
     paragraphs = [" ".join(part.split()) for part in text.replace("\r\n", "\n").split("\n\n")]

@@ -37,6 +37,13 @@ def test_paragraphs_of_a_file_are_parted_by_empty_lines(tmp_path: Path) -> None:
     assert read_general_text(path) == ("one two", "three", "four")
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="a file without end of Linux and macOS")
+def test_a_file_without_end_is_not_read() -> None:
+    with pytest.raises(DataError, match="it is no regular file") as caught:
+        read_general_text(Path("/dev/zero"))
+    assert "Name another text file" in caught.value.fix
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00", None])
 def test_a_file_without_text_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "text.txt"

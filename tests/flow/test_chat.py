@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,3 +219,61 @@ def test_lines_of_standard_input_are_a_conversation(
     shown = capsys.readouterr()
     assert shown.out.count("green\n") == 2
     assert "are planned for" in shown.err
+
+
+def test_a_line_of_another_encoding_ends_no_conversation(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = io.BytesIO(f"gr\xfcn?\n{QUESTION}\n".encode("latin-1"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+    assert main(["chat", str(run), "--max-tokens", "8"]) == 0
+    shown = capsys.readouterr()
+    assert "is not UTF-8" in shown.err
+    assert "green\n" in shown.out
+
+
+def test_a_conversation_with_nobody_is_refused_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["chat", "no run"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: Standard input cannot be read: it is closed.\nwhy: ")
+
+
+class _Unreadable(io.StringIO):
+    def readline(self, *_: object) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_input_that_cannot_be_read_is_said_so(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", _Unreadable())
+    assert main(["chat", str(run)]) == 2
+    assert "Standard input cannot be read: Input/output error." in capsys.readouterr().err
+
+
+class _FillingDisk(io.StringIO):
+    """Takes the first characters."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
+
+    def write(self, text: str) -> int:
+        self._room -= len(text)
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(text)
+
+
+@pytest.mark.parametrize("room", [0, 8], ids=["at the prompt", "in the answer"])
+def test_a_full_disk_ends_a_conversation(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n" * 3))
+    monkeypatch.setattr("sys.stdout", _FillingDisk(room))
+    assert main(["chat", str(run), "--max-tokens", "8"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("error: The result cannot be written: No space left on device.") == 1

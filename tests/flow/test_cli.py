@@ -129,6 +129,8 @@ def test_an_unknown_command_is_the_users_to_mend(capsys: pytest.CaptureFixture[s
         ["eval", "run", "--max-answers", "-1"],
         ["eval", "run", "--max-new-tokens", "0"],
         ["chat", "run", "--temperature", "-1"],
+        ["chat", "run", "--temperature", "nan"],
+        ["chat", "run", "--temperature", "inf"],
         ["chat", "run", "--max-tokens", "0"],
         ["chat", "run", "--seed", "99999999999999999999"],
     ],

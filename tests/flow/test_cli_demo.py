@@ -1,8 +1,10 @@
 """`demo`, and `eval`, `chat`, `export` on its run; it is cut to a few steps and learns little."""
 
 import dataclasses
+import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,9 @@ def test_a_conversation_ends_with_its_input(
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    for stream in (sys.stdin, sys.stdout):  # only in a terminal lines are edited
+        monkeypatch.setattr(stream, "isatty", lambda: True)
     assert main(["chat", str(run), "--max-tokens", "8"]) == 0
     assert prompts == ["tuned> ", "tuned> ", "base> ", "base> "]
     assert "The base model answers." in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Generator
 from contextlib import closing, suppress
 
 from eightgig.chat import Conversation, obey
 from eightgig.cli import render
-from eightgig.errors import EightgigError
+from eightgig.errors import DataError, DoesNotFitError, EightgigError
 from eightgig.training.signals import catch_stop_signals
 
 _TOGGLE_KEY = r'"\C-t": "\C-a\C-k/toggle\C-m"'
@@ -38,8 +40,21 @@ def converse(conversation: Conversation) -> None:
         elif line:
             try:
                 _show_answer(conversation.ask(line))
-            except EightgigError as error:  # too long, for example: the conversation goes on
+            except (DataError, DoesNotFitError) as error:  # too long, for example
                 render.show_error(error)
+
+
+def prepare_input() -> None:
+    """Let any bytes come; refuse a conversation with nobody, before its model is loaded.
+
+    Raises:
+        EightgigError: The process has no standard input.
+    """
+    if sys.stdin is None:
+        raise _no_input("it is closed")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What is pasted may be of another encoding; such a line is refused when it is asked.
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _show_notes(conversation: Conversation) -> None:
@@ -65,7 +80,23 @@ def _bind_toggle() -> None:
 
 
 def _read_line(conversation: Conversation) -> str | None:
+    prompt = "tuned> " if conversation.has_adapter else "base> "
+    # `input` edits lines, and must know the prompt for it; of a disk that is full it knows nothing.
+    is_edited = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
+    if not is_edited:
+        render.show_piece(prompt)
     try:
-        return input("tuned> " if conversation.has_adapter else "base> ").strip()
+        line = input(prompt) + "\n" if is_edited else sys.stdin.readline()
     except EOFError:
         return None
+    except OSError as error:
+        raise _no_input(str(error.strerror)) from error
+    return line.strip() if line else None
+
+
+def _no_input(reason: str) -> EightgigError:
+    return EightgigError(
+        f"Standard input cannot be read: {reason}.",
+        why="Questions are read from there, a line each.",
+        fix="Start it in a terminal or redirect a file into it; --prompt asks one question.",
+    )

@@ -5,6 +5,7 @@ Whatever is slow to import is imported inside a command.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -48,6 +49,12 @@ Overrides = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+
+
+def _require_finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
 
 
 def init(
@@ -326,7 +333,11 @@ def chat(  # noqa: PLR0913 - the arguments of a command are its options
     with_base: Annotated[bool, typer.Option("--base", help="Begin with the adapter off.")] = False,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="0 takes the likeliest token; by default as the model says."),
+        typer.Option(
+            min=0,
+            callback=_require_finite,
+            help="0 takes the likeliest token; by default as the model says.",
+        ),
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")
@@ -340,7 +351,10 @@ def chat(  # noqa: PLR0913 - the arguments of a command are its options
 
     prepare_allocator()  # before torch is imported
     from eightgig.chat import ChatOptions, open_conversation
-    from eightgig.cli.chat_view import answer_once, converse
+    from eightgig.cli.chat_view import answer_once, converse, prepare_input
+
+    if prompt is None:
+        prepare_input()
 
     options = ChatOptions(
         temperature=temperature,

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -169,6 +170,33 @@ def test_a_second_demo_gets_a_name_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo-2").mkdir()
     assert FULL_CONFIG(tmp_path).run.name == "demo-3"
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ([], "Nothing was written yet"),
+        (["config.yaml"], "Go on with: eightgig train {run}/config.yaml --resume"),
+        (["config.yaml", "adapter"], "The adapter is trained; talk with it: eightgig chat {run}"),
+    ],
+)
+def test_an_interrupted_demo_says_what_can_be_done_with_it(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    written: list[str],
+    words: str,
+) -> None:
+    run = tmp_path / "demo"
+
+    def interrupted(*_: object) -> NoReturn:
+        for name in written:
+            (run / name).mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", interrupted)
+    assert main(["demo", "--output-dir", str(tmp_path)]) == 130
+    assert f"Interrupted. {words.format(run=run)}" in capsys.readouterr().err
 
 
 def test_one_question_can_be_asked(

@@ -25,6 +25,7 @@ from eightgig.errors import (
     RunError,
     TrainingStopped,
 )
+from eightgig.run import Run
 
 if TYPE_CHECKING:
     from eightgig.cli.inputs import Asked
@@ -269,9 +270,24 @@ def demo(
     from eightgig.cli.progress import TrainingView
 
     config = demo_config(output_dir.absolute())
-    with TrainingView(config, as_json=as_json) as view:
-        result, pairs = run_demo(config, view)
-    show_demo(result, pairs, as_json=as_json)
+    try:
+        with TrainingView(config, as_json=as_json) as view:
+            result, pairs = run_demo(config, view)
+        show_demo(result, pairs, as_json=as_json)
+    except KeyboardInterrupt:
+        render.show_note(f"Interrupted. {_demo_words(config)}")
+        raise
+
+
+def _demo_words(config: Config) -> str:
+    """What can be done with the run of a demo that was left; the next demo makes another."""
+    run = Run(folder=Path(config.run.output_dir, config.run.name))
+    if run.adapter_path.exists():
+        words = shlex.join(["eightgig", "chat", str(run.folder)])
+        return f"The adapter is trained; talk with it: {words}"
+    if run.config_path.exists():
+        return f"Go on with: {_resume_command(run.config_path, ())}"
+    return "Nothing was written yet; call it again."
 
 
 def evaluate(  # noqa: PLR0913 - the arguments of a command are its options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,22 @@ def test_a_finished_run_that_is_resumed_does_no_step(folder: Path, tmp_path: Pat
     before = path.read_bytes()
     assert _finish(finetune(config, resume=True)) == []
     assert path.read_bytes() == before
+
+
+def test_a_run_folder_that_is_deleted_meanwhile_is_missed_once(
+    folder: Path, tmp_path: Path
+) -> None:
+    config, seen = _config(folder, tmp_path, save_steps=2), list[Any]()
+    run = tmp_path / "runs" / "run"
+    for report in finetune(config, observe=seen.append):
+        if report.step == 3:
+            shutil.rmtree(run)
+    found = [item for item in seen if getattr(item, "code", "") == "run.folder_lost"]
+    assert [item.severity for item in found] == ["warning"]
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert "same command with --resume" in found[0].fix
+    assert _finish(finetune(config, resume=True)) == []
+    assert (run / "config.yaml").is_file()
 
 
 def test_an_existing_run_is_not_written_over(folder: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class _Session:
         self._stopping: Judgement | None = None
         self._saved_step = job.start.state.step
         self._saved_at = time.monotonic()
-        self._has_ended_early = self._has_left = False
+        self._has_ended_early = self._has_left = self._has_lost_folder = False
         self._speeds: list[float] = []
         # Loss and step of the best evaluation before one that is not saved yet.
         self._best_before: tuple[float | None, int] | None = None
@@ -374,6 +374,7 @@ class _Session:
     def _save(self, step: int) -> SaveFailure | None:
         job = self._job
         self._worker.finish(step)
+        self._warn_of_lost_folder()
         self._monitor.sync()
         try:
             result = self._worker.attempt(step, self._write_checkpoint)
@@ -392,6 +393,25 @@ class _Session:
         values = {"path": result.path.name, "seconds": result.seconds}
         self._say(step, "save", {**values, "size_bytes": result.size_bytes})
         return None
+
+    def _warn_of_lost_folder(self) -> None:
+        """Say once that what was written so far is no longer where it was."""
+        run = self._job.run
+        if self._has_lost_folder or run.config_path.exists():
+            return
+        self._has_lost_folder = True
+        self._observe(
+            Finding(
+                severity="warning",
+                code="run.folder_lost",
+                message="The run folder was deleted or moved: "
+                f"{run.config_path.name}, metrics and log so far are no longer there.",
+                why="Checkpoints and adapter are written to a new folder of that name.",
+                fix="Training goes on; afterwards the same command with --resume writes "
+                f"{run.config_path.name} again, which eval, chat and export need.",
+                file=str(run.folder),
+            )
+        )
 
     def _write_checkpoint(self) -> SavedCheckpoint | SaveFailure:
         job = self._job

@@ -168,6 +168,50 @@ def test_an_export_interrupted_while_models_are_asked_leaves_nothing(
     check_whole(folder)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_leave_as_little_as_ctrl_c(
+    run: Run, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip(f"this system has no {name}")
+    before = signal.signal(number, lambda *_: pytest.fail("the export takes no notice of it"))
+
+    def end(*_: Any, **__: Any) -> None:
+        assert [path.name for path in entries(run)] == ["merged.tmp"]
+        os.kill(os.getpid(), number)
+
+    try:
+        monkeypatch.setattr(verify, "score_by_transformers", end)
+        assert export(run, "merged") == 130
+    finally:
+        signal.signal(number, before)
+    assert entries(run) == []
+
+
+def test_what_a_killed_export_left_is_deleted_before_room_is_looked_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = run.folder / "export" / "merged.tmp"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    monkeypatch.setattr(Disk, "free_bytes", lambda *_: 0 if left.exists() else 1 << 40)
+    assert export(run, "merged", "--no-verify") == 0
+    assert [path.name for path in entries(run)] == ["merged"]
+
+
+def test_what_a_killed_export_of_another_form_left_is_named(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = run.folder / "export" / "gguf-q8_0.tmp"
+    left.mkdir(parents=True)
+    assert export(run, "merged", "--no-verify") == 0
+    assert (
+        f"note: {left}: Another export is writing this, or was killed." in capsys.readouterr().err
+    )
+    assert left.exists(), "it may be written at this moment"
+
+
 # Python itself does not wait for a child process that it has killed after Ctrl-C.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

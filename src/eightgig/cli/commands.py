@@ -414,6 +414,7 @@ def export(  # noqa: PLR0913 - the arguments of a command are its options
 
     prepare_allocator()  # before torch is imported
     from eightgig.export.export import KINDS, ExportOptions, export_run
+    from eightgig.training.signals import stop_like_ctrl_c
 
     options = ExportOptions(
         kind=next(kind for kind in KINDS if kind == to.value),
@@ -423,7 +424,7 @@ def export(  # noqa: PLR0913 - the arguments of a command are its options
         is_verified=not is_unverified,
         ollama_name=ollama_name,
     )
-    with WorkView(stderr=True) as view:
+    with WorkView(stderr=True) as view, stop_like_ctrl_c():
         done = export_run(run, options, view.notice)
     render.show_export(done, as_json=as_json)
 

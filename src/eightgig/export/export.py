@@ -15,7 +15,7 @@ from typing import Any
 from eightgig import __version__
 from eightgig.adapters.files import read_adapter
 from eightgig.config import store_folder
-from eightgig.disk import Disk
+from eightgig.disk import STAGING_SUFFIX, Disk
 from eightgig.errors import ExportError, Finding, ModelError
 from eightgig.evaluation.tuned_run import TunedRun, open_run
 from eightgig.export import ollama
@@ -90,6 +90,8 @@ def export_run(folder: Path, options: ExportOptions, observe: Observe = lambda _
         ExportError: It cannot be written in this form, or does not agree with the trained model.
     """
     job = _open_job(folder, options, observe)
+    for left in _left_over(job):
+        observe(left)
     form = FORMS[options.kind]
     with _checkpoint(job):
         job.find(*precision_findings(job.weights))
@@ -109,6 +111,21 @@ def export_run(folder: Path, options: ExportOptions, observe: Observe = lambda _
         observe(f"Creating {options.ollama_name} in Ollama")
         ollama.create_model(job.target, options.ollama_name)
     return export
+
+
+def _left_over(job: Job) -> Iterator[Finding]:
+    """What killed exports of other forms left; that of this form is deleted by itself."""
+    exports = job.tuned.run.folder / _EXPORTS_FOLDER
+    for path in sorted(exports.glob(f"*{STAGING_SUFFIX}")):
+        if path != job.target.with_name(job.target.name + STAGING_SUFFIX):
+            yield Finding(
+                severity="note",
+                code="export.left_over",
+                message="Another export is writing this, or was killed.",
+                why="It takes space, and is of no use unless that export ends.",
+                fix="Delete it if no other export is running.",
+                file=str(path),
+            )
 
 
 def _findings(verification: Verification) -> tuple[Finding, ...]:

@@ -15,6 +15,7 @@ from eightgig.disk import (
     StagedFolder,
     digest_file,
     failure_cause,
+    remove_tree,
 )
 from eightgig.errors import DoesNotFitError, ExportError
 from eightgig.run import link_outside
@@ -116,8 +117,10 @@ def output_folder(
     """
     disk = disk or Disk()
     _check_target(target)
-    check_room(target, needed_bytes, disk)
     try:
+        # What an export that was killed left there is room, too.
+        remove_tree(target.with_name(target.name + STAGING_SUFFIX), disk)
+        check_room(target, needed_bytes, disk)
         staged = StagedFolder(target, disk)
         try:
             yield OutputFolder(target.with_name(target.name + STAGING_SUFFIX), staged)

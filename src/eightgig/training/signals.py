@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -59,18 +59,37 @@ def catch_stop_signals() -> Iterator[StopRequest]:
     request is never set. A hang-up that the caller chose to ignore (nohup) stays ignored.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    with _handled_by(request.handle, _stop_signals()):
         yield request
+
+
+@contextmanager
+def stop_like_ctrl_c() -> Iterator[None]:
+    """Let the other signals do what Ctrl-C does: KeyboardInterrupt, so that work is tidied up.
+
+    By themselves they end the process at once. Threads and hang-ups as for `catch_stop_signals`.
+    """
+    others = [number for number in _stop_signals() if number != signal.SIGINT]
+    with _handled_by(signal.default_int_handler, others):
+        yield
+
+
+@contextmanager
+def _handled_by(
+    handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]
+) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     before = {}
     try:
-        for number in _stop_signals():
-            before[number] = signal.signal(number, request.handle)
-        yield request
+        for number in numbers:
+            before[number] = signal.signal(number, handler)
+        yield
     finally:
-        for number, handler in before.items():
+        for number, earlier in before.items():
             # None stands for a handler that was not set from Python and cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 def _stop_signals() -> list[signal.Signals]:

@@ -293,7 +293,10 @@ _LENGTHS: Mapping[str, Rule] = {
         "The model would learn answers that stop in the middle.",
         "Raise `data.max_length`, or set `data.too_long: drop`.",
     ),
-    "data.no_rows": _error("There is nothing to train on.", "Add rows, or fix those refused."),
+    "data.no_rows": _error(
+        "There is nothing to train on.",
+        "Add rows, or fix those refused; where all are too long, raise `data.max_length`.",
+    ),
     "data.held_out": _error(
         "Every row would be held out and none trained on.", "Lower `data.held_out`."
     ),

@@ -121,9 +121,9 @@ _COLUMNS: Mapping[str, Rule] = {
         "The row has nothing to train on.", "Add the column to this row or delete the row."
     ),
     "data.mixed_format": _error(
-        "All rows of a training must have one shape.",
-        "Convert the row, put rows of another shape into a run of their own, or correct "
-        "`data.format`.",
+        "All rows of a file must have one shape.",
+        "Convert the row, put rows of another shape into a file of their own and name both in "
+        "`data.path`, or correct `data.format`.",
     ),
     "data.column_type": _error(
         "The column must hold text.", "Write the value as text, or delete the row."

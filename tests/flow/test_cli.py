@@ -449,6 +449,15 @@ def test_the_view_of_a_training_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_an_event_shows_what_is_known_and_so(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"measured_peak_bytes": None, "is_peak_too_low": False, "is_speed_off": True}
+    with TrainingView(read_config(config), as_json=False) as view:
+        view.notice(Event(step=6, kind="plan", values={"speed_ratio": 0.5, **values}))
+    assert "step 6  plan  speed ratio 0.5, speed off\n" in capsys.readouterr().out
+
+
 def test_what_has_no_picture_is_a_fault(config: Path) -> None:
     with TrainingView(read_config(config), as_json=True) as view, pytest.raises(TypeError):
         view.notice(object())

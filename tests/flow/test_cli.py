@@ -15,6 +15,7 @@ from rich.console import Console
 
 import eightgig
 from eightgig.cli.app import main
+from eightgig.cli.commands import ALL
 from eightgig.cli.progress import TrainingView
 from eightgig.config import Choice, Config, read_config
 from eightgig.errors import DataError, Finding, TrainingStopped
@@ -104,6 +105,15 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "eightgig" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["", *ALL])
+def test_help_shows_no_value_behind_what_takes_none(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    flags = [line for line in capsys.readouterr().out.splitlines() if "bool" in line]
+    assert all("--help" in line for line in flags)  # typer's own
 
 
 def test_help_takes_less_than_half_a_second_of_processor_time() -> None:

@@ -124,6 +124,7 @@ def test_what_is_assumed_of_another_machine_is_said(capsys: pytest.CaptureFixtur
     assert "The checkpoint takes about" in shown
     assert "Each million tokens takes" in shown
     given = " ".join(_plan(capsys, *asked, "--ram", "8GiB", "--display").split())
+    assert "Assumed: 200.00 GiB of free disk." in given
     assert "GiB of main memory, " not in given.partition("It fits")[0]
     assert "no desktop" not in given
     plans = [

@@ -81,6 +81,7 @@ def test_the_card_tells_of_the_data_and_the_evaluation_but_shows_no_row(
     card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
     assert card.count("## Evaluation") == 1
     assert "| exact match | " in card
+    assert "bnb_4bit_use_double_quant=True" in card  # the base as it was trained on
     headings = [line for line in card.splitlines() if line.startswith("## ")]
     assert headings == [
         "## Data", "## Held-out loss", "## Evaluation", "## Use", "## Settings",

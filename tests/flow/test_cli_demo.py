@@ -136,11 +136,13 @@ def test_the_run_of_the_demo_can_be_read_and_evaluated_again(
     report = (run / "report.html").read_text(encoding="utf-8")
     assert "loss on general text" in report
     assert report.count('<article class="pair">') == 2
-    show_evaluation(from_json(Evaluation, evaluation), as_json=False)
+    show_evaluation(from_json(Evaluation, evaluation), Path("report.html"), as_json=False)
     text = capsys.readouterr().out
     assert "exact match" in text
     assert "  wanted  " in text
-    assert text.splitlines()[-1].startswith("The tuned model: ")
+    verdict, where = text.splitlines()[-2:]
+    assert verdict.startswith("The tuned model: ")
+    assert where == "Report: report.html"
 
 
 def test_the_null_adapter_may_begin_worse_than_guessing(

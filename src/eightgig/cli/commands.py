@@ -322,8 +322,8 @@ def evaluate(  # noqa: PLR0913 - the arguments of a command are its options
                 view.notice(f"null adapter: step {report.step}, loss {report.loss:.4f}")
         evaluation = evaluate_run(run, options, view.notice, overrides=overrides or ())
     add_evaluation(find_run(run), evaluation)
-    write_report(find_run(run))
-    show_evaluation(evaluation, as_json=as_json)
+    report_path = write_report(find_run(run))
+    show_evaluation(evaluation, report_path, as_json=as_json)
 
 
 def chat(  # noqa: PLR0913 - the arguments of a command are its options

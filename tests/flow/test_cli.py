@@ -15,6 +15,7 @@ from rich.console import Console
 
 import eightgig
 from eightgig.cli.app import main
+from eightgig.cli.commands import ALL
 from eightgig.cli.progress import TrainingView
 from eightgig.config import Choice, Config, read_config
 from eightgig.errors import DataError, Finding, TrainingStopped
@@ -104,6 +105,15 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "eightgig" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["", *ALL])
+def test_help_shows_no_value_behind_what_takes_none(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    flags = [line for line in capsys.readouterr().out.splitlines() if "bool" in line]
+    assert all("--help" in line for line in flags)  # typer's own
 
 
 def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
@@ -449,6 +459,15 @@ def test_the_view_of_a_training_loads_no_torch() -> None:
     """The allocator is set up in `finetune`, before torch is imported."""
     code = "import sys, eightgig.cli.progress; sys.exit('torch' if 'torch' in sys.modules else 0)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_event_shows_what_is_known_and_so(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"measured_peak_bytes": None, "is_peak_too_low": False, "is_speed_off": True}
+    with TrainingView(read_config(config), as_json=False) as view:
+        view.notice(Event(step=6, kind="plan", values={"speed_ratio": 0.5, **values}))
+    assert "step 6  plan  speed ratio 0.5, speed off\n" in capsys.readouterr().out
 
 
 def test_what_has_no_picture_is_a_fault(config: Path) -> None:

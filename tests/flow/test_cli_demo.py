@@ -84,6 +84,7 @@ def test_the_card_tells_of_the_data_and_the_evaluation_but_shows_no_row(
     card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
     assert card.count("## Evaluation") == 1
     assert "| exact match | " in card
+    assert "bnb_4bit_use_double_quant=True" in card  # the base as it was trained on
     headings = [line for line in card.splitlines() if line.startswith("## ")]
     assert headings == [
         "## Data", "## Held-out loss", "## Evaluation", "## Use", "## Settings",
@@ -138,11 +139,13 @@ def test_the_run_of_the_demo_can_be_read_and_evaluated_again(
     report = (run / "report.html").read_text(encoding="utf-8")
     assert "loss on general text" in report
     assert report.count('<article class="pair">') == 2
-    show_evaluation(from_json(Evaluation, evaluation), as_json=False)
+    show_evaluation(from_json(Evaluation, evaluation), Path("report.html"), as_json=False)
     text = capsys.readouterr().out
     assert "exact match" in text
     assert "  wanted  " in text
-    assert text.splitlines()[-1].startswith("The tuned model: ")
+    verdict, where = text.splitlines()[-2:]
+    assert verdict.startswith("The tuned model: ")
+    assert where == "Report: report.html"
 
 
 def test_the_null_adapter_may_begin_worse_than_guessing(

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from eightgig.adapters.files import read_adapter
 from eightgig.config import Config, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
-from eightgig.errors import ConfigError, DoesNotFitError, ModelError, RunError
+from eightgig.data.select import TooLong
+from eightgig.errors import ConfigError, DataError, DoesNotFitError, ModelError, RunError
 from eightgig.finetune import finetune
 from eightgig.models.checkpoint import read_model_spec
 from eightgig.training import identity, resume, worker
@@ -250,6 +251,18 @@ def test_what_the_store_refuses_leaves_no_run_folder(
         assert "model.cache_dir" in caught.value.fix
     assert not (tmp_path / "runs").exists()
     assert not list((tmp_path / "stores").glob("*-nf4-*"))
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_rows_that_are_all_too_long_leave_nothing_to_train(
+    folder: Path, tmp_path: Path, too_long: TooLong
+) -> None:
+    config = _config(folder, tmp_path)
+    config = replace(config, data=replace(config.data, max_length=2, too_long=too_long))
+    with pytest.raises(DataError, match="No row is left to train on") as caught:
+        _finish(finetune(config))
+    assert "data.max_length" in caught.value.fix
+    assert not (tmp_path / "runs" / "run").exists()
 
 
 def test_a_report_that_cannot_be_written_leaves_no_run_folder(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +41,11 @@ class ExportKind(Enum):
     ADAPTER = "adapter"
 
 
+def _flag(name: str, meaning: str) -> Any:
+    """An option that is there or not; without a metavar typer shows that it took a <bool>."""
+    return typer.Option(name, metavar="", help=meaning)
+
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The config.yaml to use.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")]
 Overrides = Annotated[
@@ -49,7 +54,7 @@ Overrides = Annotated[
         "--set", metavar="GROUP.NAME=VALUE", help="Put a setting over the file's; repeatable."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+AsJson = Annotated[bool, _flag("--json", "Write JSON to standard output.")]
 
 
 def _require_finite(value: float | None) -> float | None:
@@ -109,7 +114,7 @@ def plan(  # noqa: PLR0913 - the arguments of a command are its options
         typer.Option(metavar="SIZE", help="With --vram: main memory of that machine (32GiB)."),
     ] = None,
     has_display: Annotated[
-        bool, typer.Option("--display", help="With --vram: the card draws the desktop, too.")
+        bool, _flag("--display", "With --vram: the card draws the desktop, too.")
     ] = False,
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Longest row in tokens.")
@@ -171,9 +176,9 @@ def _sweep(asked: Asked, text: str, *, picture: Path | None, as_json: bool) -> N
 def check(
     config: ConfigPath,
     overrides: Overrides = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Take warnings for errors.")] = False,
+    strict: Annotated[bool, _flag("--strict", "Take warnings for errors.")] = False,
     token_ids: Annotated[
-        bool, typer.Option("--token-ids", help="Show the numbers of the sample's tokens.")
+        bool, _flag("--token-ids", "Show the numbers of the sample's tokens.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -201,14 +206,12 @@ def check(
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest intact checkpoint.")
-    ] = False,
+    resume: Annotated[bool, _flag("--resume", "Go on from the newest intact checkpoint.")] = False,
     allow_changed_versions: Annotated[
         bool,
-        typer.Option(
+        _flag(
             "--allow-changed-versions",
-            help="Resume also with other versions of the libraries: not bit for bit the same run.",
+            "Resume also with other versions of the libraries: not bit for bit the same run.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -297,16 +300,23 @@ def evaluate(  # noqa: PLR0913 - the arguments of a command are its options
         int, typer.Option(metavar="N", min=0, help="Held-out rows that are answered.")
     ] = 200,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Longest answer in tokens; by default a quarter more than the longest reference.",
+        ),
     ] = None,
     general_text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to measure forgetting on.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text to measure forgetting on, instead of what comes with eightgig.",
+        ),
     ] = None,
     with_null: Annotated[
         bool,
-        typer.Option(
-            "--null", help="Train on shuffled answers, too, to compare with: twice as long."
-        ),
+        _flag("--null", "Train on shuffled answers, too, to compare with: twice as long."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -335,8 +345,8 @@ def evaluate(  # noqa: PLR0913 - the arguments of a command are its options
                 view.notice(f"null adapter: step {report.step}, loss {report.loss:.4f}")
         evaluation = evaluate_run(run, options, view.notice, overrides=overrides or ())
     add_evaluation(find_run(run), evaluation)
-    write_report(find_run(run))
-    show_evaluation(evaluation, as_json=as_json)
+    report_path = write_report(find_run(run))
+    show_evaluation(evaluation, report_path, as_json=as_json)
 
 
 def chat(  # noqa: PLR0913 - the arguments of a command are its options
@@ -346,10 +356,11 @@ def chat(  # noqa: PLR0913 - the arguments of a command are its options
         str | None, typer.Option(metavar="TEXT", help="Answer this and end; otherwise converse.")
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system turn.")] = None,
-    with_base: Annotated[bool, typer.Option("--base", help="Begin with the adapter off.")] = False,
+    with_base: Annotated[bool, _flag("--base", "Begin with the adapter off.")] = False,
     temperature: Annotated[
         float | None,
         typer.Option(
+            metavar="T",
             min=0,
             callback=_require_finite,
             help="0 takes the likeliest token; by default as the model says.",
@@ -358,7 +369,7 @@ def chat(  # noqa: PLR0913 - the arguments of a command are its options
     max_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Longest answer in tokens.")
     ] = 1024,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of the draws.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Talk with a tuned model, and with its base model beside it."""
@@ -390,7 +401,12 @@ def chat(  # noqa: PLR0913 - the arguments of a command are its options
 
 def export(  # noqa: PLR0913 - the arguments of a command are its options
     run: RunFolder,
-    to: Annotated[ExportKind, typer.Option("--to", help="What to write.")],
+    to: Annotated[
+        ExportKind,
+        typer.Option(
+            "--to", metavar="KIND", help="What to write: merged, gguf, gguf-lora, ollama, adapter."
+        ),
+    ],
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where; by default in the run folder.")
     ] = None,
@@ -401,7 +417,7 @@ def export(  # noqa: PLR0913 - the arguments of a command are its options
         str | None, typer.Option(metavar="MODEL", help="Other base weights than the run's.")
     ] = None,
     is_unverified: Annotated[
-        bool, typer.Option("--no-verify", help="Do not load the export again and compare it.")
+        bool, _flag("--no-verify", "Do not load the export again and compare it.")
     ] = False,
     ollama_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Create this model in Ollama, too.")
@@ -437,10 +453,10 @@ def push(
         str, typer.Argument(metavar="USER/NAME", help="The repository on the hub.")
     ],
     is_public: Annotated[
-        bool, typer.Option("--public", help="A new repository can be seen by everybody.")
+        bool, _flag("--public", "A new repository can be seen by everybody.")
     ] = False,
     is_sure: Annotated[
-        bool, typer.Option("--yes", help="Upload; without it, only what would be is shown.")
+        bool, _flag("--yes", "Upload; without it, only what would be is shown.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -477,7 +493,7 @@ def bench(  # noqa: PLR0913 - the arguments of a command are its options
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps to time.")] = 8,
     has_own_layers: Annotated[
         bool,
-        typer.Option("--own-layers", help="Give each layer bytes of its own; takes more disk."),
+        _flag("--own-layers", "Give each layer bytes of its own; takes more disk."),
     ] = False,
     output: Annotated[
         Path, typer.Option(metavar="FILE", help="JSON lines to append to; a table goes beside it.")

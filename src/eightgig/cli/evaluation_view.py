@@ -15,6 +15,8 @@ from eightgig.evaluation.statistics import measure_label
 from eightgig.units import format_seconds
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from eightgig.cli.demo import DemoResult
     from eightgig.evaluation.records import (
         AnswerPair,
@@ -28,8 +30,8 @@ _SHOWN_PAIRS = 5
 _WORD_STYLES = {"better": "green", "worse": "red", "same": ""}
 
 
-def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
-    """Every measure of both models, some answers, and the verdict."""
+def show_evaluation(evaluation: Evaluation, report_path: Path, *, as_json: bool) -> None:
+    """Every measure of both models, some answers, the verdict, and where the report is."""
     if as_json:
         render.show_json(evaluation)
         return
@@ -47,6 +49,7 @@ def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
     verdict = evaluation.verdict
     render.show_note(f"rule: {verdict.rule}")
     render.show_line(f"The tuned model: {verdict.word} ({verdict.reason})", _style(verdict.word))
+    render.show_line(f"Report: {report_path}")
 
 
 def show_demo(result: DemoResult, pairs: Sequence[AnswerPair], *, as_json: bool) -> None:

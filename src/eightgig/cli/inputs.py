@@ -176,10 +176,12 @@ def _find_machine(config: Config, card: CardOptions) -> tuple[Hardware, list[str
         has_display=card.has_display,
         host_total_bytes=TYPICAL_HOST_BYTES if card.ram is None else _size("--ram", card.ram),
     )
-    assumed = [] if card.ram else [f"{format_bytes(machine.host_total_bytes)} of main memory"]
-    assumed.append(f"{format_bytes(machine.disk_free_bytes)} of free disk")
-    assumed += [] if card.has_display else ["no desktop on the card"]
-    return machine, [f"Assumed: {', '.join(assumed)} (see --ram and --display)."]
+    assumed = [f"{format_bytes(machine.disk_free_bytes)} of free disk"]
+    if not card.ram:
+        assumed.insert(0, f"{format_bytes(machine.host_total_bytes)} of main memory (see --ram)")
+    if not card.has_display:
+        assumed.append("no desktop on the card (see --display)")
+    return machine, [f"Assumed: {', '.join(assumed)}."]
 
 
 def _machine_words(machine: Hardware) -> str:

@@ -210,8 +210,15 @@ def _notice_text(item: object) -> Text:
 
 
 def _values(values: Mapping[str, Any]) -> str:
-    known = ((name, value) for name, value in values.items() if value is not None)
-    return ", ".join(f"{_name(name)} {_value(name, value)}" for name, value in known)
+    """What is known and so: a flag is shown by its name alone, and not at all where it is off."""
+    shown = (_pair(name, value) for name, value in values.items() if value is not None)
+    return ", ".join(pair for pair in shown if pair)
+
+
+def _pair(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return _name(name).removeprefix("is ") if value else ""
+    return f"{_name(name)} {_value(name, value)}"
 
 
 def _name(name: str) -> str:

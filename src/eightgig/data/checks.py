@@ -27,6 +27,7 @@ from eightgig.data.select import (
     count_trained,
     find_long_rows,
     row_blocks,
+    rows_left,
 )
 from eightgig.data.tokenised import TextFacts, Tokenised
 from eightgig.data.tokenizer import render_settings, stop_ids
@@ -119,7 +120,10 @@ def check_data(
         *_find_stops(rows, tokenizer),
         *_find_template(settings.chat_template),
     ]
-    if not tokens.count("error") and not len(split.trained):
+    trained = split.trained
+    if not isinstance(limit, str) and config.too_long != "refuse":
+        trained = np.intersect1d(trained, rows_left(rows, limit, config.too_long))
+    if not tokens.count("error") and not len(trained):
         found.append(make_finding("data.no_rows", "No row is left to train on."))
     if not isinstance(limit, str):
         noticed["data.too_long"] = int(np.count_nonzero(rows.lengths > limit))

@@ -6,7 +6,6 @@ or cut is a finding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,7 +91,8 @@ def load_dataset(
     findings = [*tokens.findings, *(() if other is None else other.findings)]
     split = split_rows(tokens, other, config, seed=seed)
     findings.extend(split.findings)
-    _stop_if_there_are_no_rows(split.trained)
+    if not len(split.trained):
+        raise no_rows()
     train = select_rows(make_dataset(tokens), split.trained, cache_dir=cache_dir)
     held_out: Dataset | None = None
     if len(split.held_out):
@@ -103,7 +103,8 @@ def load_dataset(
         train = limit_length(train, max_length, cut, findings, cache_dir=cache_dir)
         if held_out is not None:
             held_out = limit_length(held_out, max_length, cut, findings, cache_dir=cache_dir)
-    _stop_if_there_are_no_rows(train.row_ids if count_trained(train) else train.row_ids[:0])
+    if not count_trained(train):
+        raise no_rows()
     if held_out is not None and not count_trained(held_out):
         held_out = None
     return LoadedData(train=train, held_out=held_out, findings=tuple(findings))
@@ -123,11 +124,10 @@ def _stop_at_errors(tokens: Tokenised) -> None:
     )
 
 
-def _stop_if_there_are_no_rows(rows: Sequence[int] | NDArray[np.int64]) -> None:
-    if len(rows):
-        return
+def no_rows() -> DataError:
+    """The error of rows that leave nothing to train on."""
     finding = make_finding("data.no_rows", "No row is left to train on.")
-    raise DataError(finding.message, why=finding.why, fix=finding.fix, findings=[finding])
+    return DataError(finding.message, why=finding.why, fix=finding.fix, findings=[finding])
 
 
 def split_rows(

@@ -121,9 +121,9 @@ _COLUMNS: Mapping[str, Rule] = {
         "The row has nothing to train on.", "Add the column to this row or delete the row."
     ),
     "data.mixed_format": _error(
-        "All rows of a training must have one shape.",
-        "Convert the row, put rows of another shape into a run of their own, or correct "
-        "`data.format`.",
+        "All rows of a file must have one shape.",
+        "Convert the row, put rows of another shape into a file of their own and name both in "
+        "`data.path`, or correct `data.format`.",
     ),
     "data.column_type": _error(
         "The column must hold text.", "Write the value as text, or delete the row."
@@ -293,7 +293,10 @@ _LENGTHS: Mapping[str, Rule] = {
         "The model would learn answers that stop in the middle.",
         "Raise `data.max_length`, or set `data.too_long: drop`.",
     ),
-    "data.no_rows": _error("There is nothing to train on.", "Add rows, or fix those refused."),
+    "data.no_rows": _error(
+        "There is nothing to train on.",
+        "Add rows, or fix those refused; where all are too long, raise `data.max_length`.",
+    ),
     "data.held_out": _error(
         "Every row would be held out and none trained on.", "Lower `data.held_out`."
     ),

@@ -186,14 +186,21 @@ def limit_length(
             findings=found,
         )
     findings.extend(found)
-    if too_long == "drop":
-        return select_rows(dataset, np.flatnonzero(lengths <= max_length), cache_dir=cache_dir)
-    long = np.flatnonzero(lengths > max_length)
-    # A row whose whole answer is cut would only cost time.
-    empty = [row for row in long.tolist() if not _trained_in(dataset, row, max_length)]
-    rows = np.setdiff1d(np.arange(dataset.num_rows), np.array(empty, np.int64))
+    rows = rows_left(dataset, max_length, too_long)
     cut = np.minimum(lengths[rows], max_length)
     return select_rows(dataset, rows, lengths=cut, cache_dir=cache_dir)
+
+
+def rows_left(dataset: Dataset, max_length: int, too_long: TooLong) -> NDArray[np.int64]:
+    """Numbers of the rows of which something is left to train on, as `data.too_long` says."""
+    long = np.flatnonzero(dataset.lengths > max_length)
+    # A row whose whole answer is cut would only cost time.
+    lost = [
+        row
+        for row in long.tolist()
+        if too_long == "drop" or not _trained_in(dataset, row, max_length)
+    ]
+    return np.setdiff1d(np.arange(dataset.num_rows), np.array(lost, np.int64))
 
 
 def find_long_rows(dataset: Dataset, max_length: int, too_long: TooLong) -> tuple[Finding, ...]:

@@ -30,7 +30,8 @@ class Correction:
     """What the first steps of a run say about its plan; written to the run's events.
 
     Attributes:
-        predicted_peak_bytes, measured_peak_bytes: Most that the allocator reserved.
+        predicted_peak_bytes, measured_peak_bytes: Most that the allocator reserved; measured None
+            on a CPU, where nothing counts it.
         peak_excess_ratio: (predicted - measured) / measured; negative: the plan was too low.
         predicted_tokens_per_second: None where no rates were known.
         measured_tokens_per_second: Median of the steps.
@@ -41,7 +42,7 @@ class Correction:
     """
 
     predicted_peak_bytes: int
-    measured_peak_bytes: int
+    measured_peak_bytes: int | None
     peak_excess_ratio: float | None
     predicted_tokens_per_second: float | None
     measured_tokens_per_second: float | None
@@ -70,7 +71,7 @@ def compare_with_plan(
     excess = (plan.peak_bytes - peak_bytes) / peak_bytes if peak_bytes else None
     return Correction(
         predicted_peak_bytes=plan.peak_bytes,
-        measured_peak_bytes=peak_bytes,
+        measured_peak_bytes=peak_bytes or None,
         peak_excess_ratio=excess,
         predicted_tokens_per_second=predicted,
         measured_tokens_per_second=measured,

@@ -261,7 +261,7 @@ def _check_disk(case: BenchCase) -> str:
         tables = {"embedding": tables["embedding"]}  # see `random_store`
     folder.mkdir(parents=True, exist_ok=True)
     need = DiskNeed(
-        purpose=f"Random weights of {spec.name}",
+        purpose=f"A folder of random weights of {spec.name}",
         folder=folder,
         needed_bytes=layers + sum(tables.values()),
         free_bytes=disk_free_bytes(folder),

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 CARD_NAME = "README.md"
 _EVALUATION = re.compile(r"^## Evaluation\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_FOUR_BIT = (
+    "It was trained on the base in 4 bit (NF4) and may answer otherwise on 16-bit weights; "
+    '`quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+    "bnb_4bit_use_double_quant=True)` loads the base in 4 bit here, too.",
+    "",
+)
 _USE = re.compile(r"(?=^## Use\n)|\Z", re.MULTILINE)
 _SAMPLE_TOKENS = 1500
 # vLLM takes adapters up to a rank that it is told; it knows these.
@@ -195,6 +201,7 @@ def _measure_lines(measures: Iterable[Measure]) -> Iterable[str]:
 def _use(job: Job) -> list[str]:
     spec, rank = job.spec, job.config.lora.r
     base = str(demo_model_path()) if spec.name == DEMO_MODEL else spec.name
+    is_made_4_bit = job.config.model.quantization == "nf4" and spec.quantization is None
     most = next((known for known in _VLLM_RANKS if known >= rank), rank)
     return [
         "## Use",
@@ -210,6 +217,7 @@ def _use(job: Job) -> list[str]:
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
         "```",
         "",
+        *(_FOUR_BIT if is_made_4_bit else ()),
         "With vLLM:",
         "",
         "```",

@@ -516,6 +516,12 @@ BAD = {
     "answer cut": Bad(
         lines(_LONG), "data.answer_cut", config={"max_length": 3_000, "too_long": "truncate"}
     ),
+    "all rows too long, dropped": Bad(
+        lines(_LONG), "data.no_rows", None, config={"max_length": 5, "too_long": "drop"}
+    ),
+    "all answers cut": Bad(
+        lines(_LONG), "data.no_rows", None, config={"max_length": 5, "too_long": "truncate"}
+    ),
     "more held out than there is": Bad(
         every(chat_row), "data.held_out", None, config={"held_out": 100}
     ),

@@ -91,6 +91,7 @@ def test_a_peak_above_the_plan_and_a_speed_far_off_are_called_that() -> None:
 def test_a_processor_has_nothing_to_compare_its_peak_with() -> None:
     plan = make_plan(cases.small_decoder(), cases.processor(), cases.config())
     correction = compare_with_plan(plan, peak_bytes=0, tokens_per_second=[])
+    assert correction.measured_peak_bytes is None
     assert correction.peak_excess_ratio is None
     assert correction.speed_ratio is None
     assert not correction.is_peak_too_low

@@ -45,6 +45,17 @@ def test_logits_of_packed_rows(family: str, folders: dict[str, Path], tmp_path: 
     assert float((ours - theirs).norm() / theirs.norm()) <= 1e-5
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma3"])
+def test_a_logit_cap_holds_in_the_classes_that_have_one(family: str, tmp_path: Path) -> None:
+    settings = {"final_logit_softcapping": 5.0}
+    folder = tiny.make_model(family, tmp_path / "model", text_settings=settings)
+    engine = engines.make_engine(folder, tmp_path / "stores")
+    oracle = engines.make_oracle(family, folder, engine)
+    rows = engines.random_rows(engine.spec, [23])
+    ours, theirs = engines.engine_logits(engine, rows), engines.oracle_logits(oracle, rows)
+    assert float((ours - theirs).norm() / theirs.norm()) <= 1e-5
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("family", TRAINABLE)
 def test_loss_and_every_gradient(

@@ -21,6 +21,7 @@ from eightgig.quant.nf4 import dense_view, dequantize
 _BIASES = ("q_bias", "k_bias", "v_bias")
 _MATRICES = ("ple_gate", "ple_projection")
 _GROUP_MULTIPLE = 128  # elements: groups start at a multiple of 256 bytes
+_KERNEL_COLUMNS = 8  # that `ops.triton_dequant` reads at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,8 @@ class WeightReader:
     def _reader(self, slot: Tensor, stored: StoredTensor, rows: Tensor) -> Callable[[], object]:
         """What dequantises one linear of `slot` into `rows`; its views are made only once."""
         make = self._ops.dequantizer
-        if make is None or stored.format == "dense":
+        fits_kernel = stored.shape[-1] % _KERNEL_COLUMNS == 0
+        if make is None or stored.format == "dense" or not fits_kernel:
             return partial(dequantize, slot, stored, self._code_tables, out=rows)
         codes = slot[stored.offset_bytes : stored.offset_bytes + stored.size_bytes]
         code = self._code_tables[stored.code_table]

@@ -10,7 +10,14 @@ from math import prod
 from eightgig.config import LoraConfig
 from eightgig.errors import ModelError
 from eightgig.models.families import TEXT_MODULE_PREFIX
-from eightgig.models.spec import MLP_LINEARS, DecoderSpec, LayerSpec, ModelSpec, linear_shapes
+from eightgig.models.spec import (
+    ATTENTION_LINEARS,
+    MLP_LINEARS,
+    DecoderSpec,
+    LayerSpec,
+    ModelSpec,
+    linear_shapes,
+)
 
 # Linears that read the same input are stacked, so that one GEMM serves them.
 GROUPS = {
@@ -137,18 +144,23 @@ def layer_sizes(
 
 
 def check_targets(decoder: DecoderSpec, targets: str | Sequence[str], module_prefix: str) -> None:
-    """Check that `target_modules` names only linears of the decoder, and matches one.
+    """Check that `target_modules` names only linears of a decoder, and matches one.
+
+    A linear that this model does without, such as V's where every layer takes K for V, is no error:
+    neither is it in a model in which only some layers do.
 
     Raises:
         ModelError: It does not: nothing, or less than was meant, would be trained.
     """
     existing = {name for layer in decoder.layers for name in linear_shapes(decoder, layer)}
-    unknown = [] if isinstance(targets, str) else [name for name in targets if name not in existing]
+    known = ATTENTION_LINEARS + MLP_LINEARS
+    unknown = [] if isinstance(targets, str) else [name for name in targets if name not in known]
     matches = any(
         adapted_linears(decoder, layer, targets, module_prefix) for layer in decoder.layers
     )
     if unknown or not matches:
-        what = ", ".join(unknown) if unknown else f'"{targets}"'
+        names = unknown or ([] if isinstance(targets, str) else targets)
+        what = ", ".join(names) if names else f'"{targets}"'
         raise ModelError(
             f"lora.target_modules: {what} matches no linear of the decoder.",
             why="Only the decoder's linears can be adapted; nothing else would be trained.",

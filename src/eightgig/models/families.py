@@ -76,6 +76,7 @@ class Conditional:
         tensor_prefixes: Starts of the decoder's tensor names, the usual one first.
         parts: Config keys of the other parts: key -> words.
         part_tensors: Starts of the other parts' tensor names -> words.
+        has_softcap: A logit cap of the text config holds; Transformers' class of Gemma 3 has none.
     """
 
     model_type: str
@@ -84,6 +85,7 @@ class Conditional:
     tensor_prefixes: tuple[str, ...]
     parts: Mapping[str, str]
     part_tensors: Mapping[str, str]
+    has_softcap: bool = True
 
 
 CONDITIONAL_MODULE_PREFIX = "model.language_model"
@@ -274,6 +276,7 @@ CONDITIONALS = (
             "model.multi_modal_projector.": "vision tower",
             "multi_modal_projector.": "vision tower",
         },
+        has_softcap=False,
     ),
     Conditional(
         model_type="gemma4",

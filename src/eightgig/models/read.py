@@ -57,7 +57,10 @@ def parse_model_spec(
         model_type=str(config["model_type"]),
         architecture=conditional.architecture if conditional else family.architecture,
         decoder=_read_decoder(
-            text, family, tie_word_embeddings=_is_tied(config, text, conditional, tensors)
+            text,
+            family,
+            tie_word_embeddings=_is_tied(config, text, conditional, tensors),
+            has_softcap=conditional.has_softcap if conditional else family.scales_embedding,
         ),
         dtype=_weight_dtype(config, text, tensors.get(tensor_prefix + "embed_tokens.weight")),
         module_prefix=CONDITIONAL_MODULE_PREFIX if conditional else TEXT_MODULE_PREFIX,
@@ -199,12 +202,14 @@ def _quantization(config: Mapping[str, Any], *, name: str) -> Literal["bnb_4bit"
     )
 
 
-def _read_decoder(settings: Settings, family: Family, *, tie_word_embeddings: bool) -> DecoderSpec:
+def _read_decoder(
+    settings: Settings, family: Family, *, tie_word_embeddings: bool, has_softcap: bool
+) -> DecoderSpec:
     hidden_size = settings.integer("hidden_size")
     layers = read_layers(settings, family, hidden_size=hidden_size)
     vocab_size = settings.integer("vocab_size", high=MAX_VOCAB)
     softcap_key = "final_logit_softcapping"
-    has_softcap = family.scales_embedding and settings.get(softcap_key) is not None
+    has_softcap = has_softcap and settings.get(softcap_key) is not None
     return DecoderSpec(
         hidden_size=hidden_size,
         vocab_size=vocab_size,

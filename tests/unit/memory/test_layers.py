@@ -3,7 +3,14 @@ import dataclasses
 import pytest
 
 from eightgig.config import LoraConfig
-from eightgig.memory.layers import adapted_linears, blob_bytes, layer_sizes, nf4_bytes
+from eightgig.errors import ModelError
+from eightgig.memory.layers import (
+    adapted_linears,
+    blob_bytes,
+    check_targets,
+    layer_sizes,
+    nf4_bytes,
+)
 from eightgig.models.spec import ATTENTION_LINEARS, MLP_LINEARS, ModelSpec, TensorSpec
 from eightgig.quant.layout import layer_layout
 from eightgig.units import MIB
@@ -105,6 +112,16 @@ def test_k_equals_v_layers_have_no_v_projection() -> None:
 def test_targets_follow_peft_s_rule(targets: str | tuple[str, ...], expected: set[str]) -> None:
     decoder = cases.small_decoder()
     assert adapted_linears(decoder, decoder.layers[0], targets, "model") == expected
+
+
+def test_the_default_targets_suit_a_model_whose_every_layer_takes_k_for_v() -> None:
+    layer = dataclasses.replace(cases.small_decoder().layers[0], has_v_proj=False)
+    decoder = cases.small_decoder(layers=(layer,))
+    check_targets(decoder, LORA.target_modules, "model")
+    with pytest.raises(ModelError, match="target_modules: v_proj matches no linear"):
+        check_targets(decoder, ("v_proj",), "model")
+    with pytest.raises(ModelError, match="target_modules: v_prj matches no linear"):
+        check_targets(decoder, ("q_proj", "v_prj"), "model")
 
 
 def test_a_pattern_that_names_some_layers_makes_two_kinds() -> None:

@@ -106,7 +106,7 @@ class StagedFolder:
 
     def __init__(self, target: Path, disk: Disk) -> None:
         self._target = target
-        self._staging = target.with_name(target.name + STAGING_SUFFIX)
+        self._staging = staging_path(target)
         self._disk = disk
         make_folders(target.parent, disk)
         remove_tree(self._staging, disk)
@@ -172,6 +172,11 @@ class StagedFolder:
         except OSError:
             # The failure that led here is the one to report; the next save removes the rest.
             return
+
+
+def staging_path(target: Path) -> Path:
+    """Where a `StagedFolder` is until it appears at `target`."""
+    return target.with_name(target.name + STAGING_SUFFIX)
 
 
 def make_folders(path: Path, disk: Disk) -> None:

@@ -25,7 +25,7 @@ from eightgig.errors import (
     RunError,
     TrainingStopped,
 )
-from eightgig.run import Run
+from eightgig.run import Run, check_run
 
 if TYPE_CHECKING:
     from eightgig.cli.inputs import Asked
@@ -220,7 +220,6 @@ def train(
     settings = read_config(config, overrides or ())
     from eightgig.cli.progress import TrainingView
     from eightgig.finetune import finetune
-    from eightgig.run import check_run
     from eightgig.web.report import write_report
 
     view = TrainingView(settings, as_json=as_json)
@@ -246,7 +245,6 @@ def train(
 
 def _report_stopped(settings: Config) -> None:
     """Write the report; where it cannot be, why the run stopped matters more."""
-    from eightgig.run import check_run
     from eightgig.web.report import write_report
 
     try:

@@ -18,6 +18,7 @@ from eightgig.data.prepare import Preparation, Progress, tokenise
 from eightgig.data.rules import make_finding
 from eightgig.data.select import (
     SHOWN_ROWS,
+    TooLong,
     count_trained,
     describe_dataset,
     limit_length,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LoadedData",
     "RowSplit",
+    "limit_both",
     "limit_length",
     "load_dataset",
     "make_dataset",
@@ -92,22 +94,50 @@ def load_dataset(
     split = split_rows(tokens, other, config, seed=seed)
     findings.extend(split.findings)
     if not len(split.trained):
-        raise no_rows()
+        raise _no_rows()
     train = select_rows(make_dataset(tokens), split.trained, cache_dir=cache_dir)
     held_out: Dataset | None = None
     if len(split.held_out):
         held_out = make_dataset(tokens if other is None else other)
         held_out = select_rows(held_out, split.held_out, cache_dir=cache_dir)
-    if max_length is not None:
-        cut = config.too_long
-        train = limit_length(train, max_length, cut, findings, cache_dir=cache_dir)
-        if held_out is not None:
-            held_out = limit_length(held_out, max_length, cut, findings, cache_dir=cache_dir)
-    if not count_trained(train):
-        raise no_rows()
-    if held_out is not None and not count_trained(held_out):
-        held_out = None
+    data = (train, held_out)
+    if max_length is None:
+        train, held_out = _require_trained(data)
+    else:
+        train, held_out = limit_both(
+            data, max_length, config.too_long, findings, cache_dir=cache_dir
+        )
     return LoadedData(train=train, held_out=held_out, findings=tuple(findings))
+
+
+def limit_both(
+    data: tuple[Dataset, Dataset | None],
+    max_length: int,
+    too_long: TooLong,
+    findings: list[Finding],
+    *,
+    cache_dir: Path | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """`limit_length` of training and held-out rows; of the latter None where nothing is left.
+
+    Raises:
+        DataError: As `limit_length`, or nothing is left to train on.
+    """
+    rows, held_out = data
+    rows = limit_length(rows, max_length, too_long, findings, cache_dir=cache_dir)
+    if held_out is not None:
+        held_out = limit_length(held_out, max_length, too_long, findings, cache_dir=cache_dir)
+    return _require_trained((rows, held_out))
+
+
+def _require_trained(
+    data: tuple[Dataset, Dataset | None],
+) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and held-out rows if any of them carries loss."""
+    rows, held_out = data
+    if not count_trained(rows):
+        raise _no_rows()
+    return rows, held_out if held_out is not None and count_trained(held_out) else None
 
 
 def _stop_at_errors(tokens: Tokenised) -> None:
@@ -124,8 +154,7 @@ def _stop_at_errors(tokens: Tokenised) -> None:
     )
 
 
-def no_rows() -> DataError:
-    """The error of rows that leave nothing to train on."""
+def _no_rows() -> DataError:
     finding = make_finding("data.no_rows", "No row is left to train on.")
     return DataError(finding.message, why=finding.why, fix=finding.fix, findings=[finding])
 

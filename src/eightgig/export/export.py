@@ -15,7 +15,7 @@ from typing import Any
 from eightgig import __version__
 from eightgig.adapters.files import read_adapter
 from eightgig.config import store_folder
-from eightgig.disk import STAGING_SUFFIX, Disk
+from eightgig.disk import STAGING_SUFFIX, Disk, staging_path
 from eightgig.errors import ExportError, Finding, ModelError
 from eightgig.evaluation.tuned_run import TunedRun, open_run
 from eightgig.export import ollama
@@ -117,7 +117,7 @@ def _left_over(job: Job) -> Iterator[Finding]:
     """What killed exports of other forms left; that of this form is deleted by itself."""
     exports = job.tuned.run.folder / _EXPORTS_FOLDER
     for path in sorted(exports.glob(f"*{STAGING_SUFFIX}")):
-        if path != job.target.with_name(job.target.name + STAGING_SUFFIX):
+        if path != staging_path(job.target):
             yield Finding(
                 severity="note",
                 code="export.left_over",

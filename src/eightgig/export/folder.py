@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eightgig.disk import (
-    STAGING_SUFFIX,
     Disk,
     FileDigest,
     StagedFolder,
     digest_file,
     failure_cause,
     remove_tree,
+    staging_path,
 )
 from eightgig.errors import DoesNotFitError, ExportError
 from eightgig.run import link_outside
@@ -119,11 +119,11 @@ def output_folder(
     _check_target(target)
     try:
         # What an export that was killed left there is room, too.
-        remove_tree(target.with_name(target.name + STAGING_SUFFIX), disk)
+        remove_tree(staging_path(target), disk)
         check_room(target, needed_bytes, disk)
         staged = StagedFolder(target, disk)
         try:
-            yield OutputFolder(target.with_name(target.name + STAGING_SUFFIX), staged)
+            yield OutputFolder(staging_path(target), staged)
             staged.publish()
         except BaseException:
             staged.discard()

@@ -309,14 +309,17 @@ def check_triton(facts: Facts) -> Iterator[Finding]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _BadVersion:
-    """Releases of a package, from `first` up to but without `end`, and what is wrong with them."""
+    """Releases of a package, from `first` up to but without `end`, and what is wrong with them.
+
+    `fix` is what to install instead; which torch that is depends on the card.
+    """
 
     package: str
     first: tuple[int, ...]
     end: tuple[int, ...]
     severity: Severity
     why: str
-    fix: str
+    fix: str = ""
 
 
 _TRANSFORMERS = '"transformers>=5.17,<5.24"'
@@ -325,12 +328,10 @@ _BAD_VERSIONS = (
     _BadVersion(
         package="torch", first=(0,), end=(2, 11), severity="error",
         why="Products of bfloat16 with float32 sums came with torch 2.11.",
-        fix=_TORCH,
     ),
     _BadVersion(
         package="torch", first=(2, 14), end=_ALWAYS, severity="warning",
         why="Newer than the tested releases; private attention operators may have changed.",
-        fix=_TORCH,
     ),
     _BadVersion(
         package="transformers", first=(5, 5, 0), end=(5, 5, 2), severity="error",

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from eightgig.config import Choice, Config
 from eightgig.data.batches import Dataset, measure_packing
-from eightgig.data.load import limit_length, no_rows
-from eightgig.data.select import count_trained, trained_per_row
+from eightgig.data.load import limit_both
+from eightgig.data.select import trained_per_row
 from eightgig.errors import DoesNotFitError, Finding
 from eightgig.hardware.probe import Hardware
 from eightgig.memory.plan import Plan, make_plan
@@ -55,12 +55,7 @@ def fit_rows(
         return Fitted(plan, rows, held_out, ())
     findings: list[Finding] = []
     if measured.longest_tokens > plan.max_length:
-        rows = limit_length(rows, plan.max_length, config.data.too_long, findings)
-        if held_out is not None:
-            held_out = limit_length(held_out, plan.max_length, config.data.too_long, findings)
-            held_out = held_out if count_trained(held_out) else None
-        if not count_trained(rows):
-            raise no_rows()
+        rows, held_out = limit_both(data, plan.max_length, config.data.too_long, findings)
     packing = describe_packing(config, rows, plan.micro_batch_tokens)
     return Fitted(plan, rows, held_out, (*findings, packing))
 

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from io import FileIO
@@ -119,6 +120,18 @@ def stop_at_report(number: int) -> None:
         real_write(run)
 
     report.write_report = write
+
+
+def stop_at_import(module: str, number: int) -> None:
+    """A signal arrives in the middle of an import, when a library is half there."""
+
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == module:
+                sys.meta_path.remove(self)  # type: ignore[arg-type]
+                signal.raise_signal(number)
+
+    sys.meta_path.insert(0, Finder())  # type: ignore[arg-type]
 
 
 def _before_steps(work: Callable[[Any, Any], object]) -> None:

@@ -121,10 +121,14 @@ def test_a_stopped_run_loses_one_step_at_most(
     assert num_saved >= trials // 2
 
 
-def test_a_stop_before_the_report_says_how_to_get_it(bench: Bench) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("plant", [["stop_at_report"], ["stop_at_import", "matplotlib.artist"]])
+def test_a_stop_before_the_report_says_how_to_get_it(
+    plant: list[str], number: signal.Signals, bench: Bench
+) -> None:
     trial = bench.trial()
-    code, text = trial.run(plant=["stop_at_report", signal.SIGINT])
-    assert code == 130
+    code, text = trial.run(plant=[*plant, number])
+    assert code == 130, text
     assert "--resume" in text
     # Whoever interrupts the end wants it to end: the report is written all the same.
     assert trial.problems() == []

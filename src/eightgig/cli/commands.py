@@ -220,6 +220,7 @@ def train(
     settings = read_config(config, overrides or ())
     from eightgig.cli.progress import TrainingView
     from eightgig.finetune import finetune
+    from eightgig.training.signals import catch_stop_signals
     from eightgig.web.report import write_report
 
     view = TrainingView(settings, as_json=as_json)
@@ -232,7 +233,11 @@ def train(
                 observe=view.notice,
             ):
                 view.step(report)
-        write_report(check_run(settings, resume=True))
+        # Whole before a stop is obeyed: what is half imported cannot be imported again.
+        with catch_stop_signals() as stop_request:
+            write_report(check_run(settings, resume=True))
+        if stop_request.is_requested:
+            raise KeyboardInterrupt
         render.show_trained(settings, view.last_report, as_json=as_json)
     except (KeyboardInterrupt, TrainingStopped) as stop:
         if isinstance(stop, KeyboardInterrupt):  # first: another Ctrl-C may end the report
